@@ -1,0 +1,202 @@
+// kd_kl on the CPU: the row's loss, statistics and gradient with the row resident in cache.
+//
+//   loss = w [ alpha CE(s, labels) + (1 - alpha) scale D ],   u = s / tau_s, v = t / tau_t
+//   D = sum p (k log p - log q)  (k = 1 for a KL, 0 for soft_ce; reverse_kl changes the roles)
+//   ds = w [ (1 - alpha) scale (q - p) / tau_s + alpha (softmax(s) - target) ]
+//
+// Fused: two softmaxes, the divergence, the hard-label cross-entropy and the gradient. A row is swept three
+// times, but only the first sweep reads memory: maxima; one exponential a softmax, kept in a row of scratch;
+// the gradient. The softmax the hard labels see is the student's raised to tau_s where tau_s is 1, 2, 4 or 8.
+// Memory: 3 passes over [rows, classes] (read s, t; write ds): 12 bytes an element in fp32, 6 in bf16.
+// Source: Hinton, Vinyals, Dean 2015, eq. 1-4; docs/math/kd_kl.md.
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "../stable.h"
+#include "kd_kl_row.h"
+
+namespace kdfast::cpu {
+namespace {
+
+// What is compiled once for each kind of vector unit.
+KDFAST_CLONES void compute(const Row<float>& row, const Options& o, float* loss, float* stats) {
+  compute_row(row, o, loss, stats);
+}
+void compute(const Row<double>& row, const Options& o, double* loss, double* stats) { compute_row(row, o, loss, stats); }
+#define KDFAST_CONVERT(T, A)                                                                                       \
+  KDFAST_CLONES void load(const T* from, A* to, int64_t n, int64_t padded) { load_row(from, to, n, padded); }      \
+  KDFAST_CLONES void store(const A* from, T* to, int64_t n) { store_row(from, to, n); }
+KDFAST_CONVERT(float, float)
+KDFAST_CONVERT(double, double)
+KDFAST_CONVERT(BFloat16Bits, float)
+KDFAST_CONVERT(HalfBits, float)
+#undef KDFAST_CONVERT
+
+struct Inputs {
+  Tensor student, teacher;                                      // [rows, classes]
+  OptionalTensor student_temperature, teacher_temperature;      // [1] or [rows]
+  OptionalTensor labels, target, weight;                        // [rows], [rows, classes], [rows]
+  double tau_s, tau_t, alpha, label_smoothing;
+  int64_t ignore_index, divergence, scale;
+};
+
+struct Outputs {
+  Tensor *loss = nullptr, *stats = nullptr, *student_grad = nullptr, *teacher_grad = nullptr;  // each may be absent
+  const Tensor* grad = nullptr;  // [rows] factors of the gradients; absent: coefficient for every row
+  double coefficient = 1.0;
+  bool temperature_grad = false;
+};
+
+template <class T>
+T* row_or_null(Tensor* x, int64_t offset) {
+  return x == nullptr ? nullptr : static_cast<T*>(x->data_ptr()) + offset;
+}
+template <class A>
+double at(const OptionalTensor& x, int64_t row, double otherwise) {
+  return x.has_value() ? static_cast<const A*>(x->data_ptr())[x->numel() == 1 ? 0 : row] : otherwise;
+}
+
+// T is the storage type of the logits, A the type of the arithmetic and of every other floating point tensor.
+template <class T, class A>
+void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
+  constexpr int64_t kWide = 256;  // from here on a ragged last vector costs less than a copy into padded memory
+  const int64_t n = in.student.size(1), padded = (n + kLanes - 1) / kLanes * kLanes;
+  const bool direct = std::is_same_v<T, A> && (n == padded || n >= kWide);
+  static thread_local std::vector<A> memory;  // kept between calls, so that no call faults pages in
+  if (static_cast<int64_t>(memory.size()) < 6 * padded) memory.resize(6 * padded);
+  A* const scratch = memory.data();
+  const int64_t* labels = data_or_null<int64_t>(in.labels);
+  const Options o{in.tau_s, in.tau_t, in.alpha, in.label_smoothing, in.ignore_index,
+                  static_cast<int>(in.divergence), static_cast<int>(in.scale)};
+
+  for (int64_t i = begin; i < end; ++i) {
+    const T* student = static_cast<const T*>(in.student.data_ptr()) + i * n;
+    const T* teacher = static_cast<const T*>(in.teacher.data_ptr()) + i * n;
+    A* loss = row_or_null<A>(out.loss, i);
+    A* stats = row_or_null<A>(out.stats, i * kStats);
+    T* ds = row_or_null<T>(out.student_grad, i * n);
+    T* dt = row_or_null<T>(out.teacher_grad, i * n);
+
+    const bool ignored = labels != nullptr && labels[i] == in.ignore_index;
+    if (ignored || (labels != nullptr && (labels[i] < 0 || labels[i] >= n))) {
+      const A value = ignored ? A(0) : std::numeric_limits<A>::quiet_NaN();
+      T narrow_value;
+      narrow(value, &narrow_value);
+      if (loss != nullptr) *loss = value, std::fill_n(stats, kStats, value);
+      if (ds != nullptr) std::fill_n(ds, n, narrow_value);
+      if (dt != nullptr) std::fill_n(dt, n, narrow_value);
+      continue;
+    }
+
+    Row<A> row{};
+    row.n = direct ? n : padded;
+    row.e_u = scratch, row.e_v = scratch + padded, row.spare = scratch + 2 * padded;
+    if constexpr (std::is_same_v<T, A>) {
+      if (direct) row.student = student, row.teacher = teacher, row.student_grad = ds, row.teacher_grad = dt;
+      if (direct && ds != nullptr) row.e_u = ds;
+    }
+    if (!direct) {
+      A *s = scratch + 3 * padded, *t = scratch + 4 * padded;
+      load(student, s, n, padded);
+      load(teacher, t, n, padded);
+      row.student = s, row.teacher = t;
+      if (ds != nullptr) row.student_grad = row.e_u;
+      if (dt != nullptr) row.teacher_grad = row.spare;
+    }
+    if (in.target.has_value()) {
+      row.target = static_cast<const A*>(in.target->data_ptr()) + i * n;
+      if (!direct) {
+        A* target = scratch + 5 * padded;
+        std::copy_n(row.target, n, target);
+        std::fill(target + n, target + padded, A(0));
+        row.target = target;
+      }
+    }
+    row.label = labels != nullptr ? labels[i] : -1;
+    row.tau_s = at<A>(in.student_temperature, i, in.tau_s);
+    row.tau_t = at<A>(in.teacher_temperature, i, in.tau_t);
+    row.weight = at<A>(in.weight, i, 1.0);
+    row.coefficient = out.grad != nullptr ? static_cast<const A*>(out.grad->data_ptr())[i] : out.coefficient;
+    row.temperature_grad = out.temperature_grad;
+    compute(row, o, loss, stats);
+    if (!direct && ds != nullptr) store(row.student_grad, ds, n);
+    if (!direct && dt != nullptr) store(row.teacher_grad, dt, n);
+  }
+}
+
+// Rows over threads, at least 32k elements each: below that waking a thread costs more than it saves.
+void run(const Inputs& in, const Outputs& out) {
+  const int64_t n = in.student.size(0), grain = std::max<int64_t>(1, 32768 / in.student.size(1));
+  const auto over_rows = [&](const auto& some_rows) {
+    n <= grain ? some_rows(int64_t{0}, n) : torch::stable::parallel_for(0, n, grain, some_rows);
+  };
+  STD_TORCH_CHECK(in.alpha == 0 || in.labels.has_value() || in.target.has_value(), "kd_kl: alpha > 0 needs labels");
+  switch (in.student.scalar_type()) {
+    case ScalarType::Float:
+      return over_rows([&](int64_t begin, int64_t end) { rows<float, float>(in, out, begin, end); });
+    case ScalarType::Double:
+      return over_rows([&](int64_t begin, int64_t end) { rows<double, double>(in, out, begin, end); });
+    case ScalarType::BFloat16:
+      return over_rows([&](int64_t begin, int64_t end) { rows<BFloat16Bits, float>(in, out, begin, end); });
+    case ScalarType::Half:
+      return over_rows([&](int64_t begin, int64_t end) { rows<HalfBits, float>(in, out, begin, end); });
+    default:
+      STD_TORCH_CHECK(false, "kd_kl: logits must be fp64, fp32, bf16 or fp16");
+  }
+}
+
+std::tuple<Tensor, Tensor> empty_loss_and_stats(const Tensor& student) {
+  const ScalarType type = accumulate_type(student.scalar_type());
+  return {empty(student, {student.size(0)}, type), empty(student, {student.size(0), kStats}, type)};
+}
+
+std::tuple<Tensor, Tensor> kd_kl(
+    Tensor student, Tensor teacher, OptionalTensor student_temperature, OptionalTensor teacher_temperature,
+    OptionalTensor labels, OptionalTensor target, OptionalTensor weight, double tau_s, double tau_t, double alpha,
+    double label_smoothing, int64_t ignore_index, int64_t divergence, int64_t scale, bool temperature_grad) {
+  const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
+                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
+  auto [loss, stats] = empty_loss_and_stats(student);
+  run(in, {.loss = &loss, .stats = &stats, .temperature_grad = temperature_grad});
+  return {loss, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> kd_kl_value_and_grad(
+    Tensor student, Tensor teacher, OptionalTensor student_temperature, OptionalTensor teacher_temperature,
+    OptionalTensor labels, OptionalTensor target, OptionalTensor weight, double tau_s, double tau_t, double alpha,
+    double label_smoothing, int64_t ignore_index, int64_t divergence, int64_t scale, bool temperature_grad,
+    double coefficient) {
+  const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
+                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
+  Tensor student_grad = torch::stable::empty_like(student);
+  auto [loss, stats] = empty_loss_and_stats(student);
+  run(in, {.loss = &loss, .stats = &stats, .student_grad = &student_grad, .coefficient = coefficient,
+           .temperature_grad = temperature_grad});
+  return {loss, stats, student_grad};
+}
+
+// The statistics are the GPU's: with the row in cache, making them anew costs less than reading them back.
+std::tuple<Tensor, Tensor> kd_kl_backward(
+    Tensor grad, Tensor student, Tensor teacher, OptionalTensor student_temperature,
+    OptionalTensor teacher_temperature, OptionalTensor labels, OptionalTensor target, OptionalTensor weight,
+    Tensor /*stats*/, double tau_s, double tau_t, double alpha, double label_smoothing, int64_t ignore_index,
+    int64_t divergence, int64_t scale, bool student_grad, bool teacher_grad) {
+  const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
+                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
+  const Tensor nothing = empty(student, {0}, student.scalar_type());
+  Tensor ds = student_grad ? torch::stable::empty_like(student) : nothing;
+  Tensor dt = teacher_grad ? torch::stable::empty_like(teacher) : nothing;
+  run(in, {.student_grad = student_grad ? &ds : nullptr, .teacher_grad = teacher_grad ? &dt : nullptr, .grad = &grad});
+  return {ds, dt};
+}
+
+}  // namespace
+}  // namespace kdfast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("kd_kl", TORCH_BOX(&kdfast::cpu::kd_kl));
+  m.impl("kd_kl_backward", TORCH_BOX(&kdfast::cpu::kd_kl_backward));
+  m.impl("kd_kl_value_and_grad", TORCH_BOX(&kdfast::cpu::kd_kl_value_and_grad));
+}

@@ -1,0 +1,56 @@
+"""Which implementation of each op runs on each device, and why another does not."""
+
+import torch
+
+from kdfast import _native, triton
+
+OPS = {"kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad")}
+
+
+def show_backends() -> str:
+    """A line for each op and device: what runs, and why another does not.
+
+    Returns:
+        The text; `kdfast backends` prints it.
+
+    Example:
+        >>> print(show_backends())  # doctest: +SKIP
+        op                    cpu            cuda
+        ...
+    """
+    rows = [("op", "cpu", "cuda")]
+    rows += [(name, _cpu(name), _cuda(name)) for names in OPS.values() for name in names]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *_reasons()])
+
+
+def _cpu(name: str) -> str:
+    if _native.has_kernel(name, "CPU"):
+        return f"C++ ({_native.build_info['vector_unit']})"
+    return "reference (PyTorch)"
+
+
+def _cuda(name: str) -> str:
+    if torch.version.cuda is None:
+        return "none"
+    if _native.has_kernel(name, "CUDA"):
+        return "Triton" if name in triton.registered else "CUDA C++"
+    return "by the ops it is made of" if name == "kd_kl_value_and_grad" else "reference (PyTorch)"
+
+
+def _reasons() -> list[str]:
+    native = _native.build_info
+    lines = []
+    if _native.failure is not None:
+        lines.append(f"C++: not built: {_native.failure}")
+    else:
+        lines.append(f"C++: built with {native['compiler']}")
+    if native.get("cuda_architectures"):
+        lines.append(f"CUDA C++: built for sm_{native['cuda_architectures'].replace(';', ', sm_')}")
+    elif torch.version.cuda is None:
+        lines.append(f"CUDA C++: not built: torch {torch.__version__} is a build without CUDA")
+    else:
+        lines.append("CUDA C++: not built: nvcc was not found; install the CUDA toolkit and reinstall kdfast")
+    lines.append(f"Triton: {triton.status()}")
+    return lines

@@ -1,0 +1,6 @@
+"""Data sets as tensors in memory, and batches of them."""
+
+from kdfast.data.digits import DigitsSplit, load_digits
+from kdfast.data.tensors import ImageSet, TensorLoader
+
+__all__ = ["DigitsSplit", "ImageSet", "TensorLoader", "load_digits"]

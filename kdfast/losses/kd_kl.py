@@ -1,0 +1,160 @@
+"""kd_loss: temperature-softmax distillation, with or without hard labels, in one fused sweep."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.losses import _checks as check
+from kdfast.ops.kd_kl import kd_kl
+from kdfast.reference.kd_kl import Options, accumulate_dtype
+
+DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "soft_ce": 2}
+SCALES = {"tau2": 0, "product": 1, "none": 2}
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def kd_loss(
+    student_logits: Tensor,  # [..., classes]
+    teacher_logits: Tensor,  # [..., classes]
+    labels: Tensor | None = None,  # [...] class indices, or [..., classes] probabilities
+    *,
+    alpha: float = 0.5,
+    student_temperature: float | Tensor = 4.0,  # one value, or [...]
+    teacher_temperature: float | Tensor | None = None,  # one value, or [...]
+    scale: str = "tau2",
+    divergence: str = "forward_kl",
+    weight: Tensor | None = None,  # [...]
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "batchmean",
+) -> Tensor:  # scalar, or [...] for reduction="none"
+    """How far the student's softened class probabilities are from the teacher's, plus the hard-label loss.
+
+    For each row (each position of the leading dimensions)::
+
+        loss = alpha * CE(student, labels) + (1 - alpha) * scale * KL(softmax(teacher/tau_t) || softmax(student/tau_s))
+
+    and only the second term, as if alpha were 0, without labels. Gradients flow to both logits and to both
+    temperatures where these are tensors that require them; second order and forward mode are exact.
+
+    Args:
+        student_logits: ``[..., classes]``, any floating type. A logit of ``-inf`` masks its class.
+        teacher_logits: same shape. Give it detached (or under ``no_grad``) unless it should learn too.
+        labels: class indices ``[...]`` in ``[0, classes)`` or ``ignore_index``, or probabilities
+            ``[..., classes]`` (mixup, cutmix). An ignored row counts for nothing, distillation included.
+        alpha: share of the hard-label term, in ``[0, 1]``. Used only with labels.
+        student_temperature: tau_s > 0, a float or a tensor of one value or one a row, with gradient.
+        teacher_temperature: tau_t > 0; ``None`` means the student's.
+        scale: factor on the divergence: ``"tau2"`` (tau_s squared, Hinton's), ``"product"`` (tau_s tau_t),
+            or ``"none"``.
+        divergence: ``"forward_kl"`` KL(teacher || student), ``"reverse_kl"`` KL(student || teacher), or
+            ``"soft_ce"`` (cross-entropy between the two, which is forward KL plus the teacher's entropy).
+        weight: one factor a row ``[...]``.
+        ignore_index: the label of rows to leave out.
+        label_smoothing: in ``[0, 1]``; its mass goes evenly to the classes that are not masked.
+        reduction: ``"batchmean"`` sums the rows and divides by the size of the first dimension, as
+            ``torch.nn.functional.kl_div`` does; ``"mean"`` divides by the number of rows that are not
+            ignored (for tokens or pixels); ``"sum"``; or ``"none"``. Over no rows the loss is 0.
+
+    Returns:
+        A scalar, or ``[...]`` for ``reduction="none"``; fp32, or fp64 for fp64 logits.
+
+    Raises:
+        TypeError, ValueError: one sentence saying what was expected and what came. Labels out of range and
+            NaN in the teacher are found on the CPU at no cost; on a GPU the check would wait for the device
+            and is made only under ``KDFAST_CHECK_VALUES=1``.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).
+
+    Example:
+        >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        >>> loss = kd_loss(student, teacher, torch.randint(10, (8,)), alpha=0.1, student_temperature=4.0)
+        >>> loss.backward()
+    """
+    shape = student_logits.shape
+    check.logits(student_logits, teacher_logits)
+    classes = shape[-1]
+    check.choice("divergence", divergence, DIVERGENCES)
+    check.choice("scale", scale, SCALES)
+    check.choice("reduction", reduction, REDUCTIONS)
+    check.fraction("alpha", alpha)
+    check.fraction("label_smoothing", label_smoothing)
+    tau_s, tau_s_tensor = check.temperature("student_temperature", student_temperature, student_logits)
+    if teacher_temperature is None:
+        tau_t, tau_t_tensor = tau_s, tau_s_tensor
+    else:
+        tau_t, tau_t_tensor = check.temperature("teacher_temperature", teacher_temperature, student_logits)
+    indices, target = check.labels(labels, student_logits)
+    check.values(student_logits, teacher_logits, indices, ignore_index)
+    learned_weight = None
+    if weight is not None:
+        weight = check.row_weight(weight, student_logits)
+        if weight.requires_grad:  # outside the kernel, so that it has its gradient
+            learned_weight, weight = weight, None
+
+    rows = math.prod(shape[:-1])
+    if len(shape) != 2:
+        student_logits, teacher_logits = (z.reshape(rows, classes) for z in (student_logits, teacher_logits))
+        indices = None if indices is None else indices.reshape(rows)
+        target = None if target is None else target.reshape(rows, classes)
+    if student_logits.dtype != teacher_logits.dtype:
+        dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+        student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
+    alpha = 0.0 if labels is None else float(alpha)
+    options = Options(
+        tau_s, tau_t, alpha, float(label_smoothing), ignore_index, DIVERGENCES[divergence], SCALES[scale]
+    )
+
+    coefficient = None if reduction == "none" or learned_weight is not None else 1.0
+    if reduction == "batchmean":
+        divisor = max(shape[0], 1) if len(shape) > 1 else 1
+    elif reduction == "mean":
+        divisor = max(rows, 1) if indices is None else check.count(indices, ignore_index)
+    else:
+        divisor = 1
+    if coefficient is not None and not isinstance(divisor, Tensor):
+        coefficient, divisor = 1.0 / divisor, 1
+    elif coefficient is not None and isinstance(divisor, Tensor):  # a count on the device: no sync
+        share = 1.0 / divisor.to(accumulate_dtype(student_logits.dtype))
+        weight, divisor = (share.expand(rows) if weight is None else weight * share), 1
+
+    loss = kd_kl(
+        student_logits, teacher_logits, tau_s_tensor, tau_t_tensor, indices, target, weight, options, coefficient
+    )
+    check.result(loss, teacher_logits, indices, ignore_index, classes)
+    if learned_weight is not None:
+        loss = loss * learned_weight
+        loss = loss if reduction == "none" else loss.sum() / divisor
+    return loss.reshape(shape[:-1]) if reduction == "none" else loss
+
+
+class KDLoss(nn.Module):
+    """`kd_loss` as a module: its keyword arguments are given once.
+
+    Example:
+        >>> criterion = KDLoss(alpha=0.1, student_temperature=4.0)
+        >>> criterion(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
+    """
+
+    def __init__(self, **options):
+        super().__init__()
+        unknown = set(options) - set(kd_loss.__kwdefaults__)
+        if unknown:
+            raise TypeError(
+                f"KDLoss takes the keyword arguments of kd_loss ({', '.join(kd_loss.__kwdefaults__)}), "
+                f"got {', '.join(sorted(unknown))}."
+            )
+        self.options = options
+
+    def forward(
+        self,
+        student_logits: Tensor,  # [..., classes]
+        teacher_logits: Tensor,  # [..., classes]
+        labels: Tensor | None = None,  # [...] or [..., classes]
+    ) -> Tensor:
+        return kd_loss(student_logits, teacher_logits, labels, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -1,0 +1,8 @@
+"""The methods: each a student, perhaps a teacher, and a loss in two halves (see `kdfast.methods.base`)."""
+
+from kdfast.methods.base import Distiller
+from kdfast.methods.distpro import DistPro, PathwayWeights
+from kdfast.methods.kd import KD, Alone
+from kdfast.methods.mkd import MKD, Temperatures, incorrect_brier
+
+__all__ = ["Alone", "DistPro", "Distiller", "KD", "MKD", "PathwayWeights", "Temperatures", "incorrect_brier"]

@@ -1,0 +1,5 @@
+"""Networks for the common benchmarks; they hand out their stage features as values, without hooks."""
+
+from kdfast.models.resnet import CifarResNet
+
+__all__ = ["CifarResNet"]

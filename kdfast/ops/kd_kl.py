@@ -1,0 +1,319 @@
+"""kd_kl: schema, fake, autograd. The formulas stand in kdfast/reference/kd_kl.py.
+
+Three dispatcher ops, each with CPU (C++), CUDA (C++ or Triton) and reference kernels:
+
+    kd_kl                 row losses and row statistics, one sweep            reads s, t
+    kd_kl_backward        elementwise, given the statistics                   reads s, t; writes ds, dt
+    kd_kl_value_and_grad  both in one sweep, the row staying in cache (CPU)   reads s, t; writes ds
+"""
+
+import torch
+from torch import Tensor
+
+from kdfast.ops._door import Form, eager_apply, form, in_transform
+from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, kd_kl_gradient, kd_kl_hvp
+from kdfast.reference.kd_kl import _Rows as _ReferenceRows
+from kdfast.reference.kd_kl import kd_kl as reference_kd_kl
+
+_INPUTS = (
+    "Tensor student, Tensor teacher, Tensor? student_temperature, Tensor? teacher_temperature, "
+    "Tensor? labels, Tensor? target, Tensor? weight"
+)
+_OPTIONS = (
+    "float tau_s, float tau_t, float alpha, float label_smoothing, "
+    "int ignore_index, int divergence, int scale"
+)
+LIB = torch.library.Library("kdfast", "FRAGMENT")
+LIB.define(f"kd_kl({_INPUTS}, {_OPTIONS}, bool temperature_grad) -> (Tensor loss, Tensor stats)")
+LIB.define(
+    f"kd_kl_backward(Tensor grad, {_INPUTS}, Tensor stats, {_OPTIONS}, "
+    "bool student_grad, bool teacher_grad) -> (Tensor, Tensor)"
+)
+LIB.define(
+    f"kd_kl_value_and_grad({_INPUTS}, {_OPTIONS}, bool temperature_grad, float coefficient) "
+    "-> (Tensor loss, Tensor stats, Tensor student_grad)"
+)
+
+
+# ---------------------------------------------------------------- reference kernels (any device)
+def _reference_forward(*args):
+    *inputs, temperature_grad = args
+    tensors, options = inputs[:7], Options(*inputs[7:])
+    loss = reference_kd_kl(*tensors, options)
+    stats = loss.new_zeros(loss.shape[0], STATS)
+    student, teacher, tau_s, tau_t, labels, _, weight = tensors
+    rows = _ReferenceRows(student, teacher, tau_s, tau_t, labels, weight, options)
+    stats[:, 0], stats[:, 1] = rows.s.amax(-1), rows.t.amax(-1)
+    for i, z in ((2, rows.u), (3, rows.v), (4, rows.s)):
+        stats[:, i] = (z - z.amax(-1, keepdim=True)).logsumexp(-1)
+    stats[:, 5] = rows.divergence().squeeze(-1)
+    if temperature_grad:
+        stats[:, 6:] = torch.stack(kd_kl_gradient(*tensors, options)[2:], -1)
+    return loss, stats
+
+
+def _reference_backward(grad, *args):
+    tensors, options = args[:7], Options(*args[8:15])
+    student_grad, teacher_grad = args[15:]
+    ds, dt, _, _ = kd_kl_gradient(*tensors, options)
+    student, teacher = tensors[:2]
+    g = grad.unsqueeze(-1)
+    return (
+        (g * ds).to(student.dtype) if student_grad else student.new_empty(0),
+        (g * dt).to(teacher.dtype) if teacher_grad else teacher.new_empty(0),
+    )
+
+
+def _reference_value_and_grad(*args):
+    *inputs, temperature_grad, coefficient = args
+    loss, stats = torch.ops.kdfast.kd_kl(*inputs, temperature_grad)
+    grad = torch.full_like(loss, coefficient)
+    ds, _ = torch.ops.kdfast.kd_kl_backward(grad, *inputs[:7], stats, *inputs[7:], True, False)
+    return loss, stats, ds
+
+
+LIB.impl("kd_kl", _reference_forward, "CompositeExplicitAutograd")
+LIB.impl("kd_kl_backward", _reference_backward, "CompositeExplicitAutograd")
+LIB.impl("kd_kl_value_and_grad", _reference_value_and_grad, "CompositeExplicitAutograd")
+
+
+# ---------------------------------------------------------------- fakes
+def _fake_forward(student, *args):
+    loss = student.new_empty(student.shape[0], dtype=accumulate_dtype(student.dtype))
+    return loss, loss.new_empty(student.shape[0], STATS)
+
+
+def _fake_backward(grad, student, teacher, *args):
+    student_grad, teacher_grad = args[-2:]
+    return (
+        student.new_empty(student.shape) if student_grad else student.new_empty(0),
+        teacher.new_empty(teacher.shape) if teacher_grad else teacher.new_empty(0),
+    )
+
+
+def _fake_value_and_grad(student, *args):
+    return *_fake_forward(student), student.new_empty(student.shape)
+
+
+torch.library.register_fake("kdfast::kd_kl", _fake_forward, lib=LIB)
+torch.library.register_fake("kdfast::kd_kl_backward", _fake_backward, lib=LIB)
+torch.library.register_fake("kdfast::kd_kl_value_and_grad", _fake_value_and_grad, lib=LIB)
+
+
+# ---------------------------------------------------------------- autograd of the bare op (compiled code)
+def _op_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7], output[1])
+    ctx.options = inputs[7:14]
+
+
+def _op_backward(ctx, grad, _grad_stats):
+    *tensors, stats = ctx.saved_tensors
+    need_s, need_t, need_tau_s, need_tau_t = ctx.needs_input_grad[:4]
+    ds, dt = torch.ops.kdfast.kd_kl_backward(grad, *tensors, stats, *ctx.options, need_s, need_t)
+    return (
+        ds if need_s else None,
+        dt if need_t else None,
+        _like_temperature(grad * stats[:, 6], tensors[2]) if need_tau_s else None,
+        _like_temperature(grad * stats[:, 7], tensors[3]) if need_tau_t else None,
+        *(None,) * 11,
+    )
+
+
+torch.library.register_autograd("kdfast::kd_kl", _op_backward, setup_context=_op_setup, lib=LIB)
+
+
+def _like_temperature(per_row: Tensor, temperature: Tensor) -> Tensor:
+    """Row gradients, summed where one temperature served all rows."""
+    return per_row if temperature.shape == per_row.shape else per_row.sum().reshape(temperature.shape)
+
+
+# ---------------------------------------------------------------- Functions (eager code)
+_FORWARD = torch.ops.kdfast.kd_kl.default
+_BACKWARD = torch.ops.kdfast.kd_kl_backward.default
+_VALUE_AND_GRAD = torch.ops.kdfast.kd_kl_value_and_grad.default
+
+
+def kd_kl(
+    student: Tensor,  # [rows, classes]
+    teacher: Tensor,  # [rows, classes], same dtype
+    student_temperature: Tensor | None,  # [1] or [rows], of accumulate_dtype
+    teacher_temperature: Tensor | None,  # [1] or [rows], of accumulate_dtype
+    labels: Tensor | None,  # [rows] int64
+    target: Tensor | None,  # [rows, classes], of accumulate_dtype
+    weight: Tensor | None,  # [rows], of accumulate_dtype
+    options: Options,
+    coefficient: float | None,
+) -> Tensor:
+    """Row losses [rows], or for a number `coefficient` their sum times it. Arguments are taken as checked."""
+    tensors = (student, teacher, student_temperature, teacher_temperature, labels, target, weight)
+    which = form()
+    if which is Form.FUNCTION:
+        if in_transform():
+            return KdKl.apply(*tensors, options, coefficient, False)[0]
+        grad_now = (
+            coefficient is not None
+            and student.requires_grad
+            and not teacher.requires_grad
+            and student.is_cpu
+            and torch.is_grad_enabled()
+        )
+        return _apply(*tensors, options, coefficient, grad_now)[0]
+    if which is Form.REFERENCE:
+        loss = reference_kd_kl(*tensors, options)
+    else:
+        temperature_grad = student_temperature is not None or teacher_temperature is not None
+        loss, _ = _FORWARD(*_contiguous(tensors), *options, temperature_grad)
+    return loss if coefficient is None else loss.sum() * coefficient
+
+
+class KdKl(torch.autograd.Function):
+    """Row losses, or their sum times `coefficient`, and the row statistics. With `grad_now` the student's gradient
+    is made in the same sweep and kept for the backward, which then costs nothing."""
+
+    @staticmethod
+    def forward(student, teacher, tau_s, tau_t, labels, target, weight, options, coefficient, grad_now):
+        tensors = _contiguous((student, teacher, tau_s, tau_t, labels, target, weight))
+        temperature_grad = tau_s is not None or tau_t is not None
+        with torch._C._AutoDispatchBelowAutograd():  # straight to the kernel
+            if grad_now:
+                loss, *rest = _VALUE_AND_GRAD(*tensors, *options, temperature_grad, coefficient)
+            else:
+                loss, *rest = _FORWARD(*tensors, *options, temperature_grad)
+            if coefficient is not None:
+                loss = loss.sum() if coefficient == 1.0 else loss.sum() * coefficient
+        return loss, *rest
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:7], output[1])
+        ctx.save_for_forward(*inputs[:7], output[1])
+        ctx.options, ctx.coefficient = inputs[7:9]
+        ctx.student_grad = output[2] if len(output) == 3 else None
+        ctx.kept = len(output) - 1
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 10
+        needs = tuple(ctx.needs_input_grad[:4])
+        ds, ctx.student_grad = ctx.student_grad, None  # given away: a second backward makes its own
+        if ds is not None and not torch.is_grad_enabled():
+            factor = grad.item()  # a CPU scalar
+            ds = ds if factor == 1.0 else ds.mul_(factor)
+            if not (needs[2] or needs[3]):
+                return ds, *(None,) * 9
+            *tensors, stats = ctx.saved_tensors
+            taus = [stats[:, 6 + i] * (factor * ctx.coefficient) if needs[2 + i] else None for i in (0, 1)]
+            return *_as_inputs([ds, None, *taus], tensors), *(None,) * 6
+        *tensors, stats = ctx.saved_tensors
+        rows = grad if ctx.coefficient is None else (grad * ctx.coefficient).expand(stats.shape[0])
+        grads = _unpack(KdKlBackward.apply(rows, *tensors, stats, ctx.options, needs), needs)
+        return *_as_inputs(grads, tensors), *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        *tensors, stats = ctx.saved_tensors
+        given = tuple(t is not None for t in tangents[:4])
+        grads = KdKlBackward.apply(torch.ones_like(stats[:, 0]), *tensors, stats, ctx.options, given)
+        loss = sum(_row_dot(g, t) for g, t in zip(_unpack(grads, given), tangents[:4], strict=True) if g is not None)
+        return (loss if ctx.coefficient is None else loss.sum() * ctx.coefficient), *(None,) * ctx.kept
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        loss, stats = KdKl.apply(*_fold(info, in_dims[:7], args[:7]), args[7], None, False)
+        loss, stats = (x.unflatten(0, (info.batch_size, -1)) for x in (loss, stats))
+        return (loss if args[8] is None else loss.sum(-1) * args[8], stats), (0, 0)
+
+
+_apply = eager_apply(KdKl)
+
+
+class KdKlBackward(torch.autograd.Function):
+    """Those gradients of sum(grad * row losses) that `needs` asks for; per row for the temperatures.
+    Its own derivatives are the closed-form products with the Hessian."""
+
+    @staticmethod
+    def forward(grad, student, teacher, tau_s, tau_t, labels, target, weight, stats, options, needs):
+        tensors = _contiguous((student, teacher, tau_s, tau_t, labels, target, weight))
+        grad = grad.to(stats.dtype)
+        ds = dt = None
+        if needs[0] or needs[1]:
+            with torch._C._AutoDispatchBelowAutograd():
+                ds, dt = _BACKWARD(grad.contiguous(), *tensors, stats, *options, needs[0], needs[1])
+        outputs = (ds, dt, grad * stats[:, 6], grad * stats[:, 7])
+        return tuple(x for x, needed in zip(outputs, needs, strict=True) if needed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:8])
+        ctx.save_for_forward(*inputs[:8])
+        ctx.options, ctx.needs = inputs[9:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        """Of Phi = grad * <gradient, w>: linear in grad, and elsewhere grad * H w."""
+        grad, *tensors = ctx.saved_tensors
+        w = _unpack(cotangents, ctx.needs)
+        if all(x is None for x in w):
+            return (None,) * 11
+        unit = kd_kl_gradient(*tensors, ctx.options)
+        d_grad = sum(_row_dot(g, x) for g, x in zip(unit, w, strict=True) if x is not None)
+        product = kd_kl_hvp(*tensors, ctx.options, direction=w)
+        grads = [h * _column(grad, h) for h in product]
+        return d_grad.to(grad.dtype), *_as_inputs(grads, tensors), *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        grad, *tensors = ctx.saved_tensors
+        grad_dot, direction = tangents[0], tangents[1:5]
+        out = [0.0] * 4
+        if any(x is not None for x in direction):
+            out = [h * _column(grad, h) for h in kd_kl_hvp(*tensors, ctx.options, direction=direction)]
+        if grad_dot is not None:
+            unit = kd_kl_gradient(*tensors, ctx.options)
+            out = [o + g * _column(grad_dot, g) for o, g in zip(out, unit, strict=True)]
+        dtypes = (tensors[0].dtype, tensors[1].dtype, grad.dtype, grad.dtype)
+        return tuple(o.to(d) for o, n, d in zip(out, ctx.needs, dtypes, strict=True) if n)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        out = KdKlBackward.apply(*_fold(info, in_dims[:9], args[:9]), *args[9:])
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in out), (0,) * len(out)
+
+
+def _contiguous(tensors):
+    return tuple(x if x is None or x.is_contiguous() else x.contiguous() for x in tensors)
+
+
+def _column(per_row: Tensor, like: Tensor) -> Tensor:
+    return per_row.unsqueeze(-1) if like.dim() == 2 else per_row
+
+
+def _row_dot(grad: Tensor, tangent: Tensor) -> Tensor:
+    product = grad * tangent
+    return product.sum(-1) if product.dim() == 2 else product
+
+
+def _unpack(given, needs) -> list[Tensor | None]:
+    """Puts None where nothing was asked for."""
+    given = iter(given)
+    return [next(given) if needed else None for needed in needs]
+
+
+def _as_inputs(grads, tensors) -> list[Tensor | None]:
+    """Gradients in the dtypes and shapes of (student, teacher, tau_s, tau_t)."""
+    out = [None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=False)]
+    return [g if g is None or i < 2 else _like_temperature(g, tensors[i]) for i, g in enumerate(out)]
+
+
+def _fold(info, in_dims, args) -> list[Tensor | None]:
+    """The vmapped dimension folded into the rows: rows are independent, so this is the whole rule."""
+    out = [
+        x if x is None else x.unsqueeze(0).expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
+        for x, d in zip(args, in_dims, strict=True)
+    ]
+    rows = max(x.shape[1] for x in out if x is not None)
+    return [x if x is None else x.expand(-1, rows, *x.shape[2:]).flatten(0, 1) for x in out]

@@ -1,0 +1,234 @@
+"""kd_kl: the definition, and its first and second derivatives in closed form.
+
+    loss = weight * [ alpha * CE(student, labels) + (1 - alpha) * scale * D ]
+
+    u = student / tau_s,  q = softmax(u)          v = teacher / tau_t,  p = softmax(v)
+    D = sum p (log p - log q)   forward_kl
+      = sum q (log q - log p)   reverse_kl
+      = - sum p log q           soft_ce
+    scale = tau_s^2 | tau_s tau_t | 1
+
+Plain PyTorch, one row at a time in meaning, no speed tricks: this is what runs where nothing is
+compiled, and what every compiled version is tested against. `kd_kl` is the definition;
+`kd_kl_gradient` and `kd_kl_hvp` state its derivatives (docs/math/kd_kl.md derives them).
+
+Masked classes: a logit of -inf has probability zero, and a class of probability zero adds zero to
+a sum over that probability (0 log 0 = 0). Label smoothing spreads over the student's finite classes.
+A row whose label is ignore_index counts for nothing; one whose label is out of range is NaN.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FORWARD_KL, REVERSE_KL, SOFT_CE = 0, 1, 2
+SCALE_TAU2, SCALE_PRODUCT, SCALE_NONE = 0, 1, 2
+
+# The row statistics kernels hand from forward to backward, [rows, STATS]. Maxima and log-sums apart, as
+# (student - max) / tau - log_z keeps its digits for logits far from zero where lse would not:
+#   0 max(student)  1 max(teacher)  2 log sum exp(u - max u)  3 log sum exp(v - max v)
+#   4 log sum exp(student - max student)  5 D  6 d loss / d tau_s  7 d loss / d tau_t  (6, 7 only when asked)
+STATS = 8
+
+
+class Options(NamedTuple):
+    """The constants of one call, in the order of the op's schema."""
+
+    tau_s: float = 1.0  # used where the student_temperature tensor is None
+    tau_t: float = 1.0  # used where the teacher_temperature tensor is None
+    alpha: float = 0.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    divergence: int = FORWARD_KL
+    scale: int = SCALE_TAU2
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64; every narrower storage type is summed in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kd_kl(
+    student: Tensor,  # [rows, classes]
+    teacher: Tensor,  # [rows, classes]
+    student_temperature: Tensor | None = None,  # [1] or [rows]
+    teacher_temperature: Tensor | None = None,  # [1] or [rows]
+    labels: Tensor | None = None,  # [rows] int64
+    target: Tensor | None = None,  # [rows, classes] probabilities
+    weight: Tensor | None = None,  # [rows]
+    options: Options = Options(),
+) -> Tensor:  # [rows]
+    """The distillation loss of every row, in fp32 (fp64 for fp64 logits)."""
+    x = _Rows(student, teacher, student_temperature, teacher_temperature, labels, weight, options)
+    loss = x.c * x.divergence() if options.alpha < 1 else torch.zeros_like(x.lse_u)
+    if options.alpha > 0:
+        loss = (1 - options.alpha) * loss + options.alpha * x.cross_entropy(labels, target)
+    return (loss if x.coefficient is None else x.coefficient * loss).squeeze(-1)
+
+
+def kd_kl_gradient(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d loss / d (student, teacher, tau_s, tau_t): [rows, classes] twice, then [rows] twice.
+
+    With r = k log p - log q (k = 1 for a KL, 0 for soft_ce), a = dD/du and b = dD/dv:
+
+        a = q - p,  b = p (r - D)       and the roles of (u, q) and (v, p) change for reverse_kl
+        d/dstudent = c a / tau_s        d/dtau_s = -c <a, u> / tau_s + D dc/dtau_s
+    """
+    student, teacher, student_temperature, teacher_temperature, labels, target, weight, options = args
+    x = _Rows(student, teacher, student_temperature, teacher_temperature, labels, weight, options)
+    a, b, d = x.divergence_gradient()
+    c_s, c_t = x.scale_gradient()
+    keep = 1 - options.alpha
+    ds, dt = keep * x.c * a / x.tau_s, keep * x.c * b / x.tau_t
+    dtau_s = keep * (c_s * d - x.c * (a * x.u_finite).sum(-1, keepdim=True) / x.tau_s)
+    dtau_t = keep * (c_t * d - x.c * (b * x.v_finite).sum(-1, keepdim=True) / x.tau_t)
+    if options.alpha > 0:
+        mass, weighted = x.hard_target(labels, target)
+        ds = ds + options.alpha * (mass * x.log_prob.exp() - weighted)
+    if x.coefficient is not None:
+        ds, dt, dtau_s, dtau_t = (x.coefficient * g for g in (ds, dt, dtau_s, dtau_t))
+    return ds, dt, dtau_s.squeeze(-1), dtau_t.squeeze(-1)
+
+
+def kd_kl_hvp(*args, direction: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hessian of the row's loss in (student, teacher, tau_s, tau_t) times `direction`, same shapes.
+
+    Everything is one primitive, J(p) x = p (x - <p, x>). A dot is the derivative along `direction`:
+
+        u. = (w_s - u w_tau_s) / tau_s        q. = J(q) u.        p. = J(p) v.
+        a. = q. - p.     b. = p. (r - D) + p (r. - D.)            D. = <a, u.> + <b, v.>
+    """
+    student, teacher, student_temperature, teacher_temperature, labels, target, weight, options = args
+    x = _Rows(student, teacher, student_temperature, teacher_temperature, labels, weight, options)
+    w_s, w_t, w_tau_s, w_tau_t = (
+        torch.zeros((), dtype=x.dtype, device=student.device)
+        if w is None
+        else w.to(x.dtype).reshape(w.shape if w.dim() == 2 else (-1, 1))
+        for w in direction
+    )
+    u_dot = (w_s - x.u_finite * w_tau_s) / x.tau_s
+    v_dot = (w_t - x.v_finite * w_tau_t) / x.tau_t
+    a, b, d = x.divergence_gradient()
+    a_dot, b_dot, d_dot = x.divergence_second(u_dot, v_dot, a, b, d)
+    c, (c_s, c_t), (c_ss, c_st, c_tt) = x.c, x.scale_gradient(), x.scale_hessian()
+    c_dot = c_s * w_tau_s + c_t * w_tau_t
+
+    def logits(g, g_dot, tau, w_tau):
+        return (c_dot * g + c * g_dot - c * g * w_tau / tau) / tau
+
+    def temperature(g, g_dot, z, z_dot, tau, w_tau, c_own, c_own_dot):
+        inner = (g * z).sum(-1, keepdim=True)
+        inner_dot = (g_dot * z + g * z_dot).sum(-1, keepdim=True)
+        return c_own_dot * d + c_own * d_dot - (c_dot * inner + c * inner_dot - c * inner * w_tau / tau) / tau
+
+    keep = 1 - options.alpha
+    hs = keep * logits(a, a_dot, x.tau_s, w_tau_s)
+    ht = keep * logits(b, b_dot, x.tau_t, w_tau_t)
+    c_s_dot, c_t_dot = c_ss * w_tau_s + c_st * w_tau_t, c_st * w_tau_s + c_tt * w_tau_t
+    htau_s = keep * temperature(a, a_dot, x.u_finite, u_dot, x.tau_s, w_tau_s, c_s, c_s_dot)
+    htau_t = keep * temperature(b, b_dot, x.v_finite, v_dot, x.tau_t, w_tau_t, c_t, c_t_dot)
+    if options.alpha > 0:
+        mass, _ = x.hard_target(labels, target)
+        hs = hs + options.alpha * mass * _j(x.log_prob.exp(), w_s)
+    if x.coefficient is not None:
+        hs, ht, htau_s, htau_t = (x.coefficient * h for h in (hs, ht, htau_s, htau_t))
+    rows = student.shape[0]
+    return hs, ht, htau_s.expand(rows, 1).squeeze(-1), htau_t.expand(rows, 1).squeeze(-1)
+
+
+def _j(p: Tensor, x: Tensor) -> Tensor:
+    """The Jacobian of softmax times x."""
+    return p * (x - (p * x).sum(-1, keepdim=True))
+
+
+class _Rows:
+    """What the definition and its derivatives share; all of it [rows, classes] or [rows, 1]."""
+
+    def __init__(self, student, teacher, student_temperature, teacher_temperature, labels, weight, options):
+        self.dtype = accumulate_dtype(student.dtype)
+        self.options = options
+        s, t = student.to(self.dtype), teacher.to(self.dtype)
+        self.coefficient = None if weight is None else weight.to(self.dtype).unsqueeze(-1)
+        if labels is not None:  # an ignored row counts for nothing, whatever its logits hold
+            counted = (labels != options.ignore_index).unsqueeze(-1)
+            s, t = s.masked_fill(~counted, 0), t.masked_fill(~counted, 0)
+            one = torch.ones_like(counted, dtype=self.dtype) if weight is None else self.coefficient
+            outside = counted & ((labels < 0) | (labels >= s.shape[-1])).unsqueeze(-1)
+            self.coefficient = one.masked_fill(~counted, 0).masked_fill(outside, torch.nan)
+        self.tau_s = options.tau_s if student_temperature is None else student_temperature.unsqueeze(-1)
+        self.tau_t = options.tau_t if teacher_temperature is None else teacher_temperature.unsqueeze(-1)
+        self.masked_s, self.masked_t = s == -torch.inf, t == -torch.inf
+        self.s, self.t = s, t
+        self.u_finite = s.masked_fill(self.masked_s, 0) / self.tau_s
+        self.v_finite = t.masked_fill(self.masked_t, 0) / self.tau_t
+        self.u = self.u_finite.masked_fill(self.masked_s, -torch.inf)
+        self.v = self.v_finite.masked_fill(self.masked_t, -torch.inf)
+        self.lse_u, self.lse_v = (z.logsumexp(-1, keepdim=True) for z in (self.u, self.v))
+        self.log_q, self.log_p = self.u - self.lse_u, self.v - self.lse_v
+        scale = options.scale
+        self.c = {0: self.tau_s**2, 1: self.tau_s * self.tau_t, 2: 1.0}[scale]
+
+    @property
+    def log_prob(self) -> Tensor:
+        """log softmax of the student at temperature one, which the hard labels see."""
+        return self.s.log_softmax(-1)
+
+    def _from_to(self):
+        """(log of the distribution that weighs, log of the other): D = sum from (k log from - log to)."""
+        pair = (self.log_p, self.log_q)
+        return pair[::-1] if self.options.divergence == REVERSE_KL else pair
+
+    def _ratio(self):
+        """The weighing distribution, and r = k log from - log to with 0 where that distribution is 0."""
+        log_from, log_to = self._from_to()
+        p = log_from.exp()
+        log_from, log_to = (z.masked_fill(p == 0, 0) for z in (log_from, log_to))
+        return p, (-log_to if self.options.divergence == SOFT_CE else log_from - log_to)
+
+    def divergence(self) -> Tensor:
+        p, r = self._ratio()
+        return (p * r).sum(-1, keepdim=True)
+
+    def divergence_gradient(self):
+        p, r = self._ratio()
+        d = (p * r).sum(-1, keepdim=True)
+        other = self._from_to()[1].exp()
+        a, b = other - p, p * (r - d)
+        return (b, a, d) if self.options.divergence == REVERSE_KL else (a, b, d)
+
+    def divergence_second(self, u_dot, v_dot, a, b, d):
+        swap = self.options.divergence == REVERSE_KL
+        to_dot, from_dot = (v_dot, u_dot) if swap else (u_dot, v_dot)
+        p, r = self._ratio()
+        q = self._from_to()[1].exp()
+        p_dot = _j(p, from_dot)
+        log_q_dot = to_dot - (q * to_dot).sum(-1, keepdim=True)
+        log_p_dot = from_dot - (p * from_dot).sum(-1, keepdim=True)
+        r_dot = -log_q_dot if self.options.divergence == SOFT_CE else log_p_dot - log_q_dot
+        d_dot = (p_dot * r + p * r_dot).sum(-1, keepdim=True)
+        to_second = _j(q, to_dot) - p_dot
+        from_second = p_dot * (r - d) + p * (r_dot - d_dot)
+        return (from_second, to_second, d_dot) if swap else (to_second, from_second, d_dot)
+
+    def scale_gradient(self):
+        return {0: (2 * self.tau_s, 0.0), 1: (self.tau_t, self.tau_s), 2: (0.0, 0.0)}[self.options.scale]
+
+    def scale_hessian(self):
+        return {0: (2.0, 0.0, 0.0), 1: (0.0, 1.0, 0.0), 2: (0.0, 0.0, 0.0)}[self.options.scale]
+
+    def hard_target(self, labels, target):
+        """(its total mass [rows, 1], the smoothed target [rows, classes])."""
+        smoothing = self.options.label_smoothing
+        if target is None:
+            safe = labels.masked_fill((labels < 0) | (labels >= self.s.shape[-1]), 0).unsqueeze(-1)
+            target = torch.zeros_like(self.s).scatter(-1, safe, 1.0)
+        target = target.to(self.dtype)
+        if smoothing > 0:
+            finite = (~self.masked_s).to(self.dtype)
+            target = (1 - smoothing) * target + smoothing * finite / finite.sum(-1, keepdim=True)
+        return target.sum(-1, keepdim=True), target
+
+    def cross_entropy(self, labels, target) -> Tensor:
+        _, target = self.hard_target(labels, target)
+        return -(target * self.log_prob.masked_fill(target == 0, 0)).sum(-1, keepdim=True)

@@ -1,0 +1,297 @@
+"""The comparison behind `kdfast compare`: one teacher, then one student a method and seed, all else equal."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from kdfast.data import DigitsSplit, ImageSet, TensorLoader, load_digits
+from kdfast.meta import Process
+from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
+from kdfast.models import CifarResNet
+from kdfast.train.loop import Batches, StepRecord, fit
+
+DATA = ("digits",)
+TITLES = {"alone": "student alone", "kd": "KD", "mkd": "MKD", "distpro": "DistPro"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of a comparison. docs/demo.md says how the defaults were chosen: on the validation images."""
+
+    train_per_class: int = 20
+    validation_per_class: int = 60
+    shift: int = 1  # training images move by up to this many pixels
+    batch_size: int = 40
+    momentum: float = 0.9  # Nesterov's
+    weight_decay: float = 5e-4
+    lr: float = 0.1  # at the start; it falls to 0 along a cosine, step by step
+    teacher_depth: int = 8
+    teacher_widths: tuple[int, int, int] = (16, 32, 64)
+    teacher_epochs: int = 60
+    student_depth: int = 8
+    student_widths: tuple[int, int, int] = (4, 8, 8)
+    epochs: int = 60
+    held_out: float = 0.2  # share of the training images on which meta-parameters are learned
+    kd_alpha: float = 0.1
+    kd_temperature: float = 4.0
+    mkd_initial_temperature: float = 3.0
+    mkd_span: float = 4.0
+    mkd_lr: float = 1e-2  # of AdamW
+    distpro_scale: float = 1.0
+    distpro_clip: float = 0.5
+    distpro_search_epochs: int = 15
+    distpro_lr: float = 0.05  # of Adam
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps an epoch, of every training: one pass over all training images."""
+        return max(10 * self.train_per_class // self.batch_size, 1)
+
+    def scaled(self, epochs: int) -> "Recipe":
+        """The same recipe with the students trained for `epochs`, teacher and search in proportion."""
+        return replace(
+            self,
+            epochs=epochs,
+            teacher_epochs=max(round(self.teacher_epochs * epochs / self.epochs), 1),
+            distpro_search_epochs=max(round(self.distpro_search_epochs * epochs / self.epochs), 1),
+        )
+
+    def planned_steps(self, methods: Sequence[str], seeds: int) -> int:
+        """How many training steps `compare` will take, for a progress bar."""
+        students = len(methods) * self.epochs + ("distpro" in methods) * self.distpro_search_epochs
+        return self.epoch_steps * (self.teacher_epochs + seeds * students)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one network.
+
+    Attributes:
+        steps: how many it took.
+        step_ms: the median duration of a step.
+        seconds: of all steps together, without data and evaluation.
+        accuracy: on the evaluation images, in [0, 1], after each epoch.
+        temperatures: (tau_s, tau_t) in each step, of the methods that have them.
+        process: the pathway weights in each step, of DistPro.
+        search: the training in which DistPro found them.
+    """
+
+    steps: int
+    step_ms: float
+    seconds: float
+    accuracy: list[float]
+    temperatures: list[tuple[float, float]] = field(default_factory=list)
+    process: Process | None = None
+    search: "Run | None" = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` did.
+
+    Attributes:
+        data, evaluated_on: name of the data set, and of the part of it on which the accuracies are.
+        images: number of images in each part.
+        parameters: number of parameters of "teacher" and "student".
+        runs: by method, one a seed.
+    """
+
+    recipe: Recipe
+    data: str
+    evaluated_on: str
+    images: dict[str, int]
+    seeds: tuple[int, ...]
+    teacher: Run
+    parameters: dict[str, int]
+    runs: dict[str, list[Run]]
+
+
+def compare(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    methods: Sequence[str] = tuple(TITLES),
+    seeds: Sequence[int] = (0, 1, 2),
+    evaluate_on: str = "test",
+    on_step: Callable[[str], None] = lambda training: None,
+    on_run: Callable[[str, Run], None] = lambda training, run: None,
+) -> Comparison:
+    """Train a teacher on the digits, then a student by each method with each seed, all else equal.
+
+    Same images, student, initial weights, optimizer, schedule and number of steps. A seed gives the same result
+    again on the same machine, whichever other methods run.
+
+    Args:
+        recipe: the numbers.
+        folder: where DistPro's processes are stored, ``process-seed<seed>.safetensors``; it must exist.
+        methods: of "alone", "kd", "mkd", "distpro".
+        seeds: of the students: initial weights, batches, shifts. The first one is the teacher's too.
+        evaluate_on: "test", or "validation" to choose the numbers of a recipe.
+        on_step: called with the training's name after each step.
+        on_run: called with the training's name and result after each training.
+
+    Raises:
+        ImportError: without scikit-learn, which carries the digits; it names the command that installs it.
+    """
+    split = load_digits(recipe.train_per_class, recipe.validation_per_class)
+    bench = _Bench(recipe, split, getattr(split, evaluate_on), folder, on_step)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds[0])
+        teacher = bench.network(recipe.teacher_depth, recipe.teacher_widths)
+        teacher_run = bench.train("teacher", Alone(teacher), bench.loader(split.train, seeds[0]), recipe.teacher_epochs)
+        on_run("teacher", teacher_run)
+        runs: dict[str, list[Run]] = {name: [] for name in methods}
+        for seed in seeds:
+            for name in methods:
+                run = getattr(bench, name)(teacher, seed)
+                on_run(_training(name, seed), run)
+                runs[name].append(run)
+    networks = {"teacher": teacher, "student": bench.student(seeds[0])}
+    return Comparison(
+        recipe=recipe,
+        data="digits",
+        evaluated_on=evaluate_on,
+        images={name: len(getattr(split, name).labels) for name in ("train", "validation", "test")},
+        seeds=tuple(seeds),
+        teacher=teacher_run,
+        parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
+        runs=runs,
+    )
+
+
+def _training(method: str, seed: int) -> str:
+    return f"{TITLES[method]}, seed {seed}"
+
+
+class _Bench:
+    """What all trainings share; a method of it for each of theirs."""
+
+    def __init__(
+        self, recipe: Recipe, split: DigitsSplit, evaluation: ImageSet, folder: Path, on_step: Callable[[str], None]
+    ):
+        self.recipe, self.split, self.evaluation, self.folder, self.on_step = recipe, split, evaluation, folder, on_step
+
+    def network(self, depth: int, widths: Sequence[int]) -> CifarResNet:
+        return CifarResNet(depth, widths, in_channels=1, classes=10)
+
+    def student(self, seed: int) -> CifarResNet:
+        """The student with the initial weights of a seed; what is drawn after it is the seed's too."""
+        torch.manual_seed(seed)
+        return self.network(self.recipe.student_depth, self.recipe.student_widths)
+
+    def loader(self, data: ImageSet, seed: int) -> TensorLoader:
+        return TensorLoader(
+            data,
+            min(self.recipe.batch_size, len(data.labels)),
+            seed=seed,
+            batches=self.recipe.epoch_steps,  # also of a part of the images, so that all trainings have equal steps
+            shift=self.recipe.shift,
+            background=self.split.background,
+        )
+
+    def train(
+        self,
+        training: str,
+        distiller: Distiller,
+        batches: Batches,
+        epochs: int,
+        after_step: Callable[[StepRecord], None] = lambda record: None,
+        **meta,
+    ) -> Run:
+        recipe = self.recipe
+        optimizer = torch.optim.SGD(
+            distiller.inner_parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
+        )
+
+        def callback(record: StepRecord) -> None:
+            after_step(record)
+            self.on_step(training)
+
+        history = fit(
+            distiller,
+            batches,
+            optimizer,
+            epochs=epochs,
+            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * recipe.epoch_steps),
+            evaluation=self.evaluation,
+            callback=callback,
+            **meta,
+        )
+        seconds = [record.seconds for record in history.steps]
+        return Run(len(seconds), 1e3 * statistics.median(seconds), sum(seconds), history.accuracy)
+
+    def alone(self, teacher: CifarResNet, seed: int) -> Run:
+        batches = self.loader(self.split.train, seed)
+        return self.train(_training("alone", seed), Alone(self.student(seed)), batches, self.recipe.epochs)
+
+    def kd(self, teacher: CifarResNet, seed: int) -> Run:
+        recipe = self.recipe
+        distiller = KD(self.student(seed), teacher, alpha=recipe.kd_alpha, temperature=recipe.kd_temperature)
+        run = self.train(_training("kd", seed), distiller, self.loader(self.split.train, seed), recipe.epochs)
+        return replace(run, temperatures=[(recipe.kd_temperature, recipe.kd_temperature)] * run.steps)
+
+    def mkd(self, teacher: CifarResNet, seed: int) -> Run:
+        """The temperatures are learned on a held-out part of the training images, as the paper does."""
+        recipe = self.recipe
+        distiller = MKD(
+            self.student(seed), teacher, initial_temperature=recipe.mkd_initial_temperature, span=recipe.mkd_span
+        )
+
+        def current() -> tuple[float, float]:
+            tau_s, tau_t = (tau.item() for tau in distiller.temperatures())
+            return tau_s, tau_t
+
+        kept, held = self.split.train.split(recipe.held_out, seed)
+        temperatures = [current()]
+        run = self.train(
+            _training("mkd", seed),
+            distiller,
+            self.loader(kept, seed),
+            recipe.epochs,
+            lambda record: temperatures.append(current()),
+            validation_batches=self.loader(held, seed),
+            meta_optimizer=torch.optim.AdamW(distiller.meta_parameters(), lr=recipe.mkd_lr),
+        )
+        return replace(run, temperatures=temperatures)
+
+    def distpro(self, teacher: CifarResNet, seed: int) -> Run:
+        """Search on a part of the training images, store the process, stretch it, retrain afresh on all of them."""
+        recipe = self.recipe
+        path = self.folder / f"process-seed{seed}.safetensors"
+        search = self.search(teacher, seed, path)
+        process = Process.load(path).resample(recipe.epochs * recipe.epoch_steps)
+        distiller = DistPro(self.student(seed), teacher, scale=recipe.distpro_scale, clip=recipe.distpro_clip)
+        distiller.follow(process)
+        run = self.train(
+            _training("distpro", seed),
+            distiller,
+            self.loader(self.split.train, seed),
+            recipe.epochs,
+            lambda record: distiller.set_step(min(record.step + 1, len(process) - 1)),
+        )
+        return replace(run, process=process, search=search)
+
+    def search(self, teacher: CifarResNet, seed: int, path: Path) -> Run:
+        recipe = self.recipe
+        distiller = DistPro(self.student(seed), teacher, scale=recipe.distpro_scale, clip=recipe.distpro_clip)
+        kept, held = self.split.train.split(recipe.held_out, seed)
+        process = Process(distiller.pathways)
+        process.record(distiller.weights(), distiller.weights.raw)
+        run = self.train(
+            _training("distpro", seed) + " (search)",
+            distiller,
+            self.loader(kept, seed),
+            recipe.distpro_search_epochs,
+            lambda record: process.record(distiller.weights(), distiller.weights.raw),
+            validation_batches=self.loader(held, seed),
+            meta_optimizer=torch.optim.Adam(distiller.meta_parameters(), lr=recipe.distpro_lr, betas=(0.5, 0.999)),
+        )
+        process.save(path)
+        return run

@@ -1,0 +1,178 @@
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from kdfast.meta import meta_kd_step
+from kdfast.methods.base import Distiller
+from kdfast.train.loop import StepRecord, accuracy, fit, ordinary_step
+
+
+class Plain(Distiller):
+    def losses(self, outputs, teacher_outputs, targets):
+        return {"ce": nn.functional.cross_entropy(outputs, targets)}
+
+
+class Weighted(Distiller):
+    """Imitates the teacher with a learned weight, so that there is one meta-parameter."""
+
+    def __init__(self, student, teacher):
+        super().__init__(student, teacher)
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def losses(self, outputs, teacher_outputs, targets):
+        imitation = (outputs - teacher_outputs).square().mean()
+        return {"ce": nn.functional.cross_entropy(outputs, targets), "imitation": self.weight * imitation}
+
+    def meta_parameters(self):
+        return iter([self.weight])
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def problem(count=48):
+    """Three separable clouds in six dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(count) % 3
+    inputs = torch.randn(count, 6, generator=generator) + 2 * nn.functional.one_hot(targets, 6)
+    return inputs, targets
+
+
+def batches(count=48, size=16):
+    inputs, targets = problem(count)
+    return list(zip(inputs.split(size), targets.split(size)))
+
+
+def sgd(distiller, lr=0.1):
+    return torch.optim.SGD(distiller.inner_parameters(), lr=lr, momentum=0.9)
+
+
+def test_learns_and_records_every_step_and_epoch():
+    torch.manual_seed(0)
+    distiller = Plain(network())
+    seen = []
+    history = fit(distiller, batches(), sgd(distiller), epochs=8, evaluation=problem(), callback=seen.append)
+    assert history.accuracy[-1] > 0.9 and len(history.accuracy) == 8
+    assert seen == history.steps and len(seen) == 8 * 3
+    assert [(r.step, r.epoch) for r in seen[:4]] == [(0, 0), (1, 0), (2, 0), (3, 1)]
+    assert seen[-1].loss < 0.5 * seen[0].loss
+    assert all(isinstance(r, StepRecord) and 0 < r.seconds < 5 for r in seen)
+    assert distiller.training and distiller.student.training
+
+
+def test_steps_are_the_ordinary_ones_and_evaluation_leaves_no_trace():
+    results = []
+    for evaluation in (None, problem()):
+        torch.manual_seed(0)
+        distiller = Plain(network())
+        fit(distiller, batches(), sgd(distiller), epochs=3, evaluation=evaluation)
+        results.append(distiller.state_dict())
+    torch.manual_seed(0)
+    student = network()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        for inputs, targets in batches():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(student(inputs), targets).backward()
+            optimizer.step()
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, results[0][f"student.{name}"]) and torch.equal(value, results[1][f"student.{name}"])
+
+
+def test_scheduler_steps_once_a_step():
+    distiller = Plain(network())
+    optimizer = sgd(distiller, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    rates = []
+    fit(
+        distiller, batches(), optimizer, epochs=2, scheduler=scheduler,
+        callback=lambda record: rates.append(optimizer.param_groups[0]["lr"]),
+    )
+    assert rates == [1 / (2 + step) for step in range(6)]
+
+
+def test_meta_parameters_learn_on_validation_batches_that_start_anew():
+    torch.manual_seed(0)
+    bad_teacher = nn.Linear(6, 3)
+    with torch.no_grad():  # it prefers the wrong classes: imitating it hurts, so its weight must fall
+        bad_teacher.weight.copy_(-torch.eye(3, 6))
+    distiller = Weighted(network(), bad_teacher)
+    validation = batches(32, 16)  # two batches for six steps
+    meta_optimizer = torch.optim.SGD(distiller.meta_parameters(), lr=0.5)
+    weights = []
+    fit(
+        distiller, batches(), sgd(distiller), epochs=2, validation_batches=validation, meta_optimizer=meta_optimizer,
+        callback=lambda record: weights.append(distiller.weight.item()),
+    )
+    assert len(set(weights)) == 6 and weights[-1] < 0.5
+
+
+def test_meta_step_options_are_a_partial():
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(options)
+        return meta_kd_step(*args, **options)
+
+    distiller = Weighted(network(), nn.Linear(6, 3))
+    fit(
+        distiller, batches(), sgd(distiller), epochs=1, validation_batches=batches(),
+        meta_optimizer=torch.optim.SGD(distiller.meta_parameters(), lr=0.1),
+        meta_step=functools.partial(counted, tangent="central", commit="separate"),
+    )
+    assert calls == [{"tangent": "central", "commit": "separate"}] * 3
+
+
+def test_without_meta_optimizer_meta_parameters_stay_and_gather_no_gradient():
+    distiller = Weighted(network(), nn.Linear(6, 3))
+    ordinary_step(distiller, batches()[0], sgd(distiller))
+    assert distiller.weight.item() == 0.5 and distiller.weight.grad is None
+
+
+def test_frozen_student_parameter_stays():
+    distiller = Plain(network())
+    optimizer = sgd(distiller)
+    first = distiller.student[0].weight.requires_grad_(False)
+    before = first.clone()
+    ordinary_step(distiller, batches()[0], optimizer)
+    assert torch.equal(first, before)
+
+
+def test_accuracy_counts_in_eval_mode_what_the_distiller_calls_logits():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            assert not self.training
+            return nn.functional.one_hot(x, 3).float(), [x]
+
+    class Tupled(Plain):
+        def logits(self, outputs):
+            return outputs[0]
+
+    inputs = torch.tensor([0, 1, 2, 0, 1])
+    targets = torch.tensor([0, 1, 2, 2, 2])
+    distiller = Tupled(Fixed())
+    assert accuracy(distiller, inputs, targets, batch_size=2) == pytest.approx(3 / 5)
+    assert distiller.training and distiller.student.training
+
+
+def test_misuse_is_one_sentence():
+    distiller = Weighted(network(), nn.Linear(6, 3))
+    meta_optimizer = torch.optim.SGD(distiller.meta_parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="needs validation_batches beside the meta_optimizer it was given"):
+        fit(distiller, batches(), sgd(distiller), epochs=1, meta_optimizer=meta_optimizer)
+    with pytest.raises(ValueError, match="needs meta_optimizer beside the validation_batches it was given"):
+        fit(distiller, batches(), sgd(distiller), epochs=1, validation_batches=batches())
+    with pytest.raises(ValueError, match="validation_batches must yield at least one batch, got none"):
+        fit(
+            distiller, batches(), sgd(distiller), epochs=1, validation_batches=[], meta_optimizer=meta_optimizer
+        )
+    with pytest.raises(ValueError, match="fit needs at least one batch an epoch, got none"):
+        fit(distiller, [], sgd(distiller), epochs=1)
+    plain = Plain(network())
+    with pytest.raises(ValueError, match="Plain has no meta-parameters; leave out the meta_optimizer"):
+        fit(
+            plain, batches(), sgd(plain), epochs=1, validation_batches=batches(), meta_optimizer=meta_optimizer
+        )
