@@ -133,6 +133,10 @@ void run(const Inputs& in, const Outputs& out) {
     n <= grain ? some_rows(int64_t{0}, n) : torch::stable::parallel_for(0, n, grain, some_rows);
   };
   STD_TORCH_CHECK(in.alpha == 0 || in.labels.has_value() || in.target.has_value(), "kd_kl: alpha > 0 needs labels");
+  const bool contiguous = in.student.is_contiguous() && in.teacher.is_contiguous() &&
+                          (!in.target.has_value() || in.target->is_contiguous()) &&
+                          (out.grad == nullptr || out.grad->is_contiguous());
+  STD_TORCH_CHECK(contiguous, "kd_kl: student, teacher, target and grad must be contiguous");
   switch (in.student.scalar_type()) {
     case ScalarType::Float:
       return over_rows([&](int64_t begin, int64_t end) { rows<float, float>(in, out, begin, end); });

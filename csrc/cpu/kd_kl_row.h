@@ -37,7 +37,7 @@ inline int hard_kind(double alpha, double tau_s) {
 }
 template <int Hard, class A>
 KDFAST_INLINE A hard_exp(A e, A shifted) {
-  if constexpr (Hard == kOwnExp) return exp2_nonpositive(shifted * static_cast<A>(kLog2e));
+  if constexpr (Hard == kOwnExp) return exp_nonpositive(shifted, ExpScale<A>(1.0));
   if constexpr (Hard >= 1 && Hard <= 3) e = e * e;
   if constexpr (Hard >= 2 && Hard <= 3) e = e * e;
   if constexpr (Hard == 3) e = e * e;
@@ -55,14 +55,14 @@ KDFAST_INLINE Sums exponentials(const A* s, const A* t, A* e_u, A* e_v, int64_t 
                                 double tau_s, double tau_t, A k) {
   Sums sums;
   const A per_s = static_cast<A>(1 / tau_s), per_t = static_cast<A>(1 / tau_t);
-  const A k_s = static_cast<A>(kLog2e / tau_s), k_t = static_cast<A>(kLog2e / tau_t);  // exponentials to base 2
+  const ExpScale<A> scale_s(1 / tau_s), scale_t(1 / tau_t);
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
     A z_u = 0, z_v = 0, z_1 = 0, cross = 0;
 #pragma omp simd reduction(+ : z_u, z_v, z_1, cross)
     for (int64_t j = begin; j < end; ++j) {
       const A ds = s[j] - max_s, dt = t[j] - max_t;
-      const A eu = exp2_nonpositive(ds * k_s), ev = exp2_nonpositive(dt * k_t);
+      const A eu = exp_nonpositive(ds, scale_s), ev = exp_nonpositive(dt, scale_t);
       e_u[j] = eu;
       e_v[j] = ev;
       z_u += eu;
@@ -102,18 +102,25 @@ KDFAST_INLINE void weighing_gradient(const A* own, const A* e_own, const A* othe
   }
 }
 
-// <gradient, x - max> of the divergence in the logits, for the temperatures: sum over d[j] * (x[j] - max).
+// <d, x> for a gradient d of the divergence in the logits x, for the temperatures. d sums to zero, so x may be shifted;
+// shifted by its mean under softmax weights e, what rounding left in the sum of d does no harm.
 template <class A>
-KDFAST_INLINE double shifted_dot(const A* d, const A* x, int64_t n, A max) {
-  double total = 0;
+KDFAST_INLINE double centered_dot(const A* d, const A* e, const A* x, int64_t n, A max) {
+  double total = 0, sum = 0, mean = 0, mass = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = begin; j < end; ++j) sum += d[j] == A(0) ? A(0) : d[j] * (x[j] - max);
-    total += sum;
+    A block_total = 0, block_sum = 0, block_mean = 0, block_mass = 0;
+#pragma omp simd reduction(+ : block_total, block_sum, block_mean, block_mass)
+    for (int64_t j = begin; j < end; ++j) {
+      const A shifted = x[j] - max;
+      block_total += d[j] == A(0) ? A(0) : d[j] * shifted;
+      block_sum += d[j];
+      block_mean += e[j] == A(0) ? A(0) : e[j] * shifted;
+      block_mass += e[j];
+    }
+    total += block_total, sum += block_sum, mean += block_mean, mass += block_mass;
   }
-  return total;
+  return total - mean / mass * sum;
 }
 
 // ds += g softmax(student) where e_u has been overwritten already.
@@ -202,9 +209,9 @@ KDFAST_INLINE void row_as(const Row<A>& row, const Options& o, A* loss, A* stats
       const double scale_s = o.scale == kTau2 ? 2 * tau_s : o.scale == kProduct ? tau_t : 0.0;
       const double scale_t = o.scale == kProduct ? tau_s : 0.0;
       Reverse ? weighing(row.spare, 1) : plain(row.spare, 1);
-      const double a_s = shifted_dot(row.spare, s, n, max_s);
+      const double a_s = centered_dot(row.spare, row.e_u, s, n, max_s);
       Reverse ? plain(row.spare, 1) : weighing(row.spare, 1);
-      const double b_t = shifted_dot(row.spare, t, n, max_t);
+      const double b_t = centered_dot(row.spare, row.e_v, t, n, max_t);
       stats[6] = static_cast<A>(row.weight * keep * (scale_s * d - scale * a_s / (tau_s * tau_s)));
       stats[7] = static_cast<A>(row.weight * keep * (scale_t * d - scale * b_t / (tau_t * tau_t)));
     }

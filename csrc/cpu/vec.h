@@ -25,19 +25,33 @@ constexpr int64_t kLanes = 16;       // rows are padded to whole vectors of the 
 constexpr int64_t kBlock = 1024;     // columns summed in fp32 before they join the fp64 total
 constexpr double kLog2e = 1.4426950408889634;
 
-// 2^x for x <= 0, 0 below -126, NaN for NaN. Round to an integer by the magic constant, evaluate 2^f for
-// f in [-1/2, 1/2] by a polynomial of degree 6 (relative error 1e-8 before rounding), add the exponent.
-KDFAST_INLINE float exp2_nonpositive(float x) {
+// e^(x scale) for x <= 0, as 2^(x k) with k = scale log2(e); 0 where that is below 2^-126, NaN for NaN.
+// x k is split into an integer n (rounded by the magic constant) and f in [-1/2, 1/2]; 2^f is a minimax polynomial
+// of degree 6 (relative error 1.5e-8), 2^n an addition to the exponent. k comes in two parts: rounding it to fp32
+// would change the temperature by 3e-8, the same way in every term of a sum.
+template <class A>
+struct ExpScale {
+  A k;
+  explicit ExpScale(double scale) : k(static_cast<A>(scale * kLog2e)) {}
+};
+template <>
+struct ExpScale<float> {
+  float k, rest;
+  explicit ExpScale(double scale)
+      : k(static_cast<float>(scale * kLog2e)), rest(static_cast<float>(scale * kLog2e - static_cast<double>(k))) {}
+};
+
+KDFAST_INLINE float exp_nonpositive(float x, const ExpScale<float>& scale) {
   const float magic = 12582912.0f;  // 1.5 * 2^23
-  const float y = x < -126.0f ? -126.0f : x;
-  const float shifted = y + magic;
-  const float f = y - (shifted - magic);
-  float p = 1.540353039338161e-4f;
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
+  const float y = x * scale.k;
+  const float shifted = (y < -126.0f ? -126.0f : y) + magic;
+  const float f = (x * scale.k - (shifted - magic)) + x * scale.rest;  // the first product fused, so exact
+  float p = 1.5345754e-4f;
+  p = p * f + 1.3399997e-3f;
+  p = p * f + 9.6184900e-3f;
+  p = p * f + 5.5503286e-2f;
+  p = p * f + 2.4022646e-1f;
+  p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
   uint32_t exponent, bits;
   std::memcpy(&exponent, &shifted, 4);
@@ -45,9 +59,9 @@ KDFAST_INLINE float exp2_nonpositive(float x) {
   bits += exponent << 23;
   float result;
   std::memcpy(&result, &bits, 4);
-  return x < -126.0f ? 0.0f : result;
+  return y < -126.0f ? 0.0f : result;
 }
-KDFAST_INLINE double exp2_nonpositive(double x) { return std::exp2(x); }
+KDFAST_INLINE double exp_nonpositive(double x, const ExpScale<double>& scale) { return std::exp2(x * scale.k); }
 
 template <class A>
 KDFAST_INLINE A row_max(const A* x, int64_t n) {

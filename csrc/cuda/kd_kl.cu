@@ -67,7 +67,7 @@ void launch(Call<T, A> call, void (*narrow)(Call<T, A>), void (*wide)(Call<T, A>
                  is_aligned(call.student_grad) && is_aligned(call.teacher_grad);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  const int chunks = call.classes / kChunk<T> + 1;
+  const int chunks = call.classes / kChunk<T> + (call.classes % kChunk<T> == 0 ? 0 : 2);  // at most
   if (call.classes <= kNarrow) {
     call.lanes = std::min(kWarp, power_of_two_from(chunks));
     const int rows_a_block = kNarrowThreads / call.lanes;

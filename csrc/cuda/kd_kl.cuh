@@ -92,8 +92,7 @@ struct Row {
 
 // ---------------------------------------------------------------- forward
 template <class T, class A, class Group>
-__global__ void KDFAST_BOUNDS(A, Group)
-    forward(const Call<T, A> call) {
+__global__ void KDFAST_BOUNDS(A, Group) forward(const Call<T, A> call) {
   constexpr int N = kChunk<T>;
   const Group group(call.lanes);
   const int64_t index = group.row();
@@ -191,8 +190,7 @@ struct Mass {
 };
 
 template <class T, class A, class Group>
-__global__ void KDFAST_BOUNDS(A, Group)
-    backward(const Call<T, A> call) {
+__global__ void KDFAST_BOUNDS(A, Group) backward(const Call<T, A> call) {
   constexpr int N = kChunk<T>;
   const Group group(call.lanes);
   const int64_t index = group.row();
@@ -202,19 +200,20 @@ __global__ void KDFAST_BOUNDS(A, Group)
   const T masked = static_cast<T>(-kInfinity<A>);
 
   A mass = A(1), spread = 0;  // of a label: 1 with or without smoothing
-  if (o.hard && (row.target != nullptr || o.smoothing > A(0))) {
+  if (o.hard && (call.target != nullptr || o.smoothing > A(0))) {  // the same answer in every lane
     Mass<A> sums;
     const int count = row.counts ? chunks.count : 0;
     for (int chunk = group.lane; chunk < count; chunk += group.lanes) {
       const int first = chunks.first(chunk);
       A s[N], target[N] = {};
-      widen(load(o.reverse ? row.from : row.to, chunks, first, masked), s);
+      if (o.smoothing > A(0)) {
+        widen(load(o.reverse ? row.from : row.to, chunks, first, masked), s);
+#pragma unroll
+        for (int i = 0; i < N; ++i) sums.finite += s[i] == -kInfinity<A> ? A(0) : A(1);
+      }
       if (row.target != nullptr) load_beside(row.target, chunks, first, A(0), target);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        sums.finite += s[i] == -kInfinity<A> ? A(0) : A(1);
-        sums.target += target[i];
-      }
+      for (int i = 0; i < N; ++i) sums.target += target[i];
     }
     group.reduce(sums, [](Mass<A>& m, int lanes) {
       m.target = sum_over(m.target, lanes), m.finite = sum_over(m.finite, lanes);

@@ -22,16 +22,15 @@ from kdfast.meta.inner import functional_step
 
 TANGENTS = ("forward", "central")
 
-# Relative size of the displacement: truncation grows with it (linearly, or squared for the central difference),
-# rounding falls with it. docs/math/hypergradient.md has the curves. A forward difference has no good size in
-# bfloat16: rounding and truncation meet above 15 % error.
+# Relative size of the displacement. Truncation grows with it, rounding falls with it, and docs/math/hypergradient.md
+# has the curves. In bfloat16 a forward difference has no good size: the two meet above 15 % error.
 RADIUS = {
     ("forward", "float64"): 1e-7,
-    ("central", "float64"): 1e-6,
-    ("forward", "float32"): 3e-4,
-    ("central", "float32"): 3e-3,
-    ("forward", "tf32"): 2e-3,
-    ("central", "tf32"): 5e-3,
+    ("central", "float64"): 1e-7,
+    ("forward", "float32"): 1e-3,
+    ("central", "float32"): 1e-3,
+    ("forward", "tf32"): 1e-2,
+    ("central", "tf32"): 1e-2,
     ("central", "bfloat16"): 3e-2,
 }
 SMALLEST_RMS = 1e-3  # a weight initialised to zero counts as one of this rms, or it alone would stop the displacement

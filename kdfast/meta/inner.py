@@ -11,7 +11,9 @@ element by element. With the state before the step (momentum m, second moment u,
 
 Weight decay shifts theta+ and leaves the derivative alone. On Adam's very first step the two terms
 cancel to eps / D^2: the step is lr * sign(g), which no meta-parameter can change, so that one
-meta-gradient is rounding noise.
+meta-gradient is rounding noise. And where g is exactly zero, as for a dead unit or an embedding that
+the batch does not use, it is so for all phi; the formula's lr / eps there multiplies a zero, but as part
+of a finite displacement would drown the rest, so the derivative is given as zero.
 """
 
 from collections.abc import Sequence
@@ -109,12 +111,14 @@ def _adam_step(group: dict, state: dict, theta: Tensor, g: Tensor) -> Tensor:
 
 
 def _adam_slope(group: dict, state: dict, theta: Tensor, g: Tensor) -> Tensor:
+    absent = g == 0
     if group["weight_decay"] and not group.get("decoupled_weight_decay"):
         g = g + group["weight_decay"] * theta
     m1, root, c1, c2 = _adam_moments(group, state, g)
     (b1, b2), denominator = group["betas"], root + group["eps"]
-    root_slope = torch.where(root > 0, (1 - b2) * g / (c2 * root), 0.0)  # g = u = 0: the root's kink, taken as flat
-    return -group["lr"] / c1 * ((1 - b1) - m1 * root_slope / denominator) / denominator
+    root_slope = (1 - b2) * g / (c2 * root)
+    slope = -group["lr"] / c1 * ((1 - b1) - m1 * root_slope / denominator) / denominator
+    return slope.masked_fill_(absent, 0.0)
 
 
 def _adam_moments(group: dict, state: dict, g: Tensor):
@@ -127,4 +131,6 @@ def _adam_moments(group: dict, state: dict, g: Tensor):
     m1, u1 = (1 - b1) * g, (1 - b2) * g * g
     if state:
         m1, u1 = b1 * state["exp_avg"] + m1, b2 * state["exp_avg_sq"] + u1
-    return m1, (u1 / c2).sqrt(), c1, c2
+    positive = u1 > 0  # the root has no derivative at zero
+    root = torch.where(positive, torch.where(positive, u1 / c2, 1.0).sqrt(), 0.0)
+    return m1, root, c1, c2

@@ -109,7 +109,7 @@ def _op_setup(ctx, inputs, output):
 def _op_backward(ctx, grad, _grad_stats):
     *tensors, stats = ctx.saved_tensors
     need_s, need_t, need_tau_s, need_tau_t = ctx.needs_input_grad[:4]
-    ds, dt = torch.ops.kdfast.kd_kl_backward(grad, *tensors, stats, *ctx.options, need_s, need_t)
+    ds, dt = torch.ops.kdfast.kd_kl_backward(grad.contiguous(), *tensors, stats, *ctx.options, need_s, need_t)
     return (
         ds if need_s else None,
         dt if need_t else None,

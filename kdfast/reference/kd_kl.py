@@ -156,6 +156,8 @@ class _Rows:
             one = torch.ones_like(counted, dtype=self.dtype) if weight is None else self.coefficient
             outside = counted & ((labels < 0) | (labels >= s.shape[-1])).unsqueeze(-1)
             self.coefficient = one.masked_fill(~counted, 0).masked_fill(outside, torch.nan)
+        # Softmax does not see a shift; temperature gradients far from zero would lose their digits to it.
+        s, t = (z - z.amax(-1, keepdim=True).detach() for z in (s, t))
         self.tau_s = options.tau_s if student_temperature is None else student_temperature.unsqueeze(-1)
         self.tau_t = options.tau_t if teacher_temperature is None else teacher_temperature.unsqueeze(-1)
         self.masked_s, self.masked_t = s == -torch.inf, t == -torch.inf

@@ -1,5 +1,6 @@
 """The comparison behind `kdfast compare`: one teacher, then one student a method and seed, all else equal."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,15 +26,18 @@ class Recipe:
     validation_per_class: int = 60
     shift: int = 1  # training images move by up to this many pixels
     batch_size: int = 40
-    momentum: float = 0.9  # Nesterov's
-    weight_decay: float = 5e-4
-    lr: float = 0.1  # at the start; it falls to 0 along a cosine, step by step
+    weight_decay: float = 1e-2
+    lr: float = 1e-2  # at the start; it falls to 0 along a cosine, step by step
     teacher_depth: int = 8
     teacher_widths: tuple[int, int, int] = (16, 32, 64)
     teacher_epochs: int = 60
     student_depth: int = 8
     student_widths: tuple[int, int, int] = (4, 8, 8)
     epochs: int = 60
+    opt: str = "sgd"
+    warmup: float = 0.1  # share of the steps over which the learning rate rises
+    mkd_alpha: float = 0.0
+    mkd_objective: str = "ce"
     held_out: float = 0.2  # share of the training images on which meta-parameters are learned
     kd_alpha: float = 0.1
     kd_temperature: float = 4.0
@@ -162,6 +166,18 @@ def compare(
     )
 
 
+def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate rises in a line over the first share of the steps, then falls to 0 along a cosine."""
+    rising = warmup * steps
+
+    def factor(step: int) -> float:
+        if step + 1 < rising:
+            return (step + 1) / rising
+        return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / (steps - rising))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 def _training(method: str, seed: int) -> str:
     return f"{TITLES[method]}, seed {seed}"
 
@@ -202,13 +218,7 @@ class _Bench:
         **meta,
     ) -> Run:
         recipe = self.recipe
-        optimizer = torch.optim.SGD(
-            distiller.inner_parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=True,
-            weight_decay=recipe.weight_decay,
-        )
+        optimizer = torch.optim.AdamW(distiller.inner_parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay) if recipe.opt=="adamw" else torch.optim.SGD(distiller.inner_parameters(), lr=recipe.lr, momentum=.9, nesterov=True, weight_decay=5e-4)
 
         def callback(record: StepRecord) -> None:
             after_step(record)
@@ -219,7 +229,7 @@ class _Bench:
             batches,
             optimizer,
             epochs=epochs,
-            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * recipe.epoch_steps),
+            scheduler=_schedule(optimizer, epochs * recipe.epoch_steps, recipe.warmup),
             evaluation=self.evaluation,
             callback=callback,
             **meta,
@@ -241,7 +251,7 @@ class _Bench:
         """The temperatures are learned on a held-out part of the training images, as the paper does."""
         recipe = self.recipe
         distiller = MKD(
-            self.student(seed), teacher, initial_temperature=recipe.mkd_initial_temperature, span=recipe.mkd_span
+            self.student(seed), teacher, initial_temperature=recipe.mkd_initial_temperature, span=recipe.mkd_span, alpha=recipe.mkd_alpha, meta_objective=recipe.mkd_objective
         )
 
         def current() -> tuple[float, float]:

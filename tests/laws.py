@@ -1,0 +1,247 @@
+"""The law suite: what every op must satisfy, on values.
+
+A test file describes its op once and inherits the laws:
+
+    class TestKdKl(Laws):
+        op = LawfulOp(name=..., call=..., truth=..., eager=..., inputs=..., variants=..., raw=...)
+
+`call`, `truth` and `eager` take the same differentiable tensors and the variant's keyword arguments and return a
+tensor (any shape). `truth` is the definition, run in fp64. `eager` is what a PyTorch user would write, run in the
+storage dtype; None where PyTorch has no such thing. No law asks only whether something ran.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass
+class LawfulOp:
+    name: str
+    call: Callable[..., Tensor]
+    truth: Callable[..., Tensor]
+    eager: Callable[..., Tensor] | None
+    # (generator, shape, dtype, variant) -> (differentiable tensors, keyword arguments of the call)
+    inputs: Callable[..., tuple[tuple[Tensor, ...], dict[str, Any]]]
+    variants: dict[str, dict[str, Any]]
+    shapes: dict[str, tuple[int, ...]]  # id (the regime it covers) -> shape
+    small: tuple[int, ...]  # for numerical differentiation
+    raw: Callable[[], list[tuple[Any, tuple]]]  # (dispatcher op, arguments) for opcheck
+    draw: st.SearchStrategy = field(default=None)  # (shape, variant) pairs for the random law
+    # id -> ((tensors, kwargs) -> the same with extreme values or masked entries, their spread in a row)
+    extremes: dict[str, tuple[Callable, float]] = field(default_factory=dict)
+
+    def make(self, shape, dtype, variant, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        tensors, kwargs = self.inputs(generator, shape, dtype, variant)
+        return tuple(t.requires_grad_() for t in tensors), kwargs
+
+
+def gradients(function, tensors, kwargs, seed=1):
+    """(value, gradients) under a random cotangent, so that grad_output is not all ones."""
+    value = function(*tensors, **kwargs)
+    cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    used = [t for t in tensors if t.requires_grad]
+    grads = torch.autograd.grad(value, used, cotangent.to(value.dtype), allow_unused=True)
+    return value.detach(), [torch.zeros_like(t) if g is None else g for t, g in zip(used, grads, strict=True)]
+
+
+def as_dtype(tensors, kwargs, dtype):
+    """The same numbers in another dtype: what `truth` and `eager` are given."""
+
+    def convert(x):
+        return x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tuple(convert(t).requires_grad_() for t in tensors), {k: convert(v) for k, v in kwargs.items()}
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Relative error in the Euclidean norm."""
+    truth = truth.double()
+    return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+
+
+def assert_as_exact_as_eager(got, truth, eager, dtype, what):
+    """At most twice the error of PyTorch in the same dtype. A single number can be exact by luck (eager's error over
+    a few seeds spans two decades), so eager counts with at least 4 ulp, which is its median on these shapes. In fp64
+    the definition is itself rounded in fp64: there 1e-12 is allowed in any case."""
+    ours = error(got, truth)
+    theirs = error(eager, truth) if eager is not None else 0.0
+    floor = 5e-13 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    allowed = 2 * max(theirs, floor)
+    assert ours <= allowed, f"{what}: relative error {ours:.2e}, PyTorch's {theirs:.2e}, allowed {allowed:.2e}"
+
+
+def close(got, want, rtol=1e-9, atol=1e-11):
+    """For fp64 against fp64: two ways to write one formula."""
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+def leaves(tree):
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+class Laws:
+    op: LawfulOp
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_values_and_gradients(self, variant, shape, dtype):
+        tensors, kwargs = self.op.make(shape, dtype, variant)
+        value, grads = gradients(self.op.call, tensors, kwargs)
+        exact_value, exact_grads = gradients(self.op.truth, *as_dtype(tensors, kwargs, torch.float64))
+        eager_value, eager_grads = None, [None] * len(grads)
+        if self.op.eager is not None:
+            eager_value, eager_grads = gradients(self.op.eager, *as_dtype(tensors, kwargs, dtype))
+        assert_as_exact_as_eager(value, exact_value, eager_value, dtype, "value")
+        for i, (g, exact, eager) in enumerate(zip(grads, exact_grads, eager_grads, strict=True)):
+            assert g.dtype == tensors[i].dtype
+            assert g.shape == tensors[i].shape
+            assert_as_exact_as_eager(g, exact, eager, dtype, f"gradient {i}")
+
+    def test_gradcheck(self, variant):
+        tensors, kwargs = self.op.make(self.op.small, torch.float64, variant)
+        assert torch.autograd.gradcheck(
+            lambda *t: self.op.call(*t, **kwargs), tensors, check_forward_ad=True, check_batched_grad=True,
+            check_batched_forward_grad=True,
+        )  # fmt: skip
+
+    def test_gradgradcheck(self, variant):
+        tensors, kwargs = self.op.make(self.op.small, torch.float64, variant)
+        assert torch.autograd.gradgradcheck(
+            lambda *t: self.op.call(*t, **kwargs), tensors, check_fwd_over_rev=True, check_rev_over_rev=True
+        )
+
+    def test_first_argument_alone(self, variant):
+        """The common case (a student against constants) may take its own path through the kernel."""
+        tensors, kwargs = self.op.make(self.op.small, torch.float64, variant)
+        rest = [t.detach() for t in tensors[1:]]
+        assert torch.autograd.gradcheck(lambda t: self.op.call(t, *rest, **kwargs), tensors[:1])
+        assert torch.autograd.gradgradcheck(lambda t: self.op.call(t, *rest, **kwargs), tensors[:1])
+
+    def test_backward_twice_and_scaled(self, variant):
+        tensors, kwargs = self.op.make(self.op.small, torch.float64, variant)
+        one = tensors[0]
+        rest = [t.detach() for t in tensors[1:]]
+        before = [t.detach().clone() for t in tensors]
+        value = (3 * self.op.call(one, *rest, **kwargs)).sum()
+        (first,) = torch.autograd.grad(value, one, retain_graph=True)
+        kept = first.clone()
+        (second,) = torch.autograd.grad(value, one)
+        close(first, kept, 0, 0)  # the second backward has not written into the first's result
+        close(second, first)
+        exact = torch.autograd.grad(3 * self.op.truth(one, *rest, **kwargs).sum(), one)[0]
+        close(first, exact)
+        for t, b in zip(tensors, before, strict=True):
+            close(t.detach(), b, 0, 0)  # inputs are left alone
+
+    def test_runs_the_same_twice(self, variant, shape):
+        tensors, kwargs = self.op.make(shape, torch.float32, variant)
+        first, second = (gradients(self.op.call, tensors, kwargs) for _ in range(2))
+        for a, b in zip(leaves(first), leaves(second), strict=True):
+            close(a, b, 0, 0)
+
+    def test_vmap_equals_a_loop(self, variant):
+        made = [self.op.make(self.op.small, torch.float64, variant, seed) for seed in range(3)]
+        kwargs = made[0][1]
+        stacked = [torch.stack([m[0][i].detach() for m in made]) for i in range(len(made[0][0]))]
+
+        def value_and_grads(*tensors):
+            def total(*t):
+                return self.op.call(*t, **kwargs).sum()
+
+            return torch.func.grad_and_value(total, argnums=tuple(range(len(tensors))))(*tensors)
+
+        together = leaves(torch.func.vmap(value_and_grads)(*stacked))
+        one_by_one = [leaves(value_and_grads(*(s[i] for s in stacked))) for i in range(3)]
+        for i, batch in enumerate(together):
+            close(batch, torch.stack([o[i] for o in one_by_one]))
+        # the first argument alone mapped, over its last but one dimension
+        moved = stacked[0].movedim(0, -2)
+        rest = [s[0] for s in stacked[1:]]
+        mapped = torch.func.vmap(lambda t: self.op.call(t, *rest, **kwargs), in_dims=moved.dim() - 2)(moved)
+        close(mapped, torch.stack([self.op.call(stacked[0][i], *rest, **kwargs) for i in range(3)]))
+
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            pytest.param(lambda f, n: torch.func.jacrev(f, argnums=n), id="jacrev"),
+            pytest.param(lambda f, n: torch.func.jacfwd(f, argnums=n), id="jacfwd"),
+            pytest.param(lambda f, n: torch.func.jacfwd(torch.func.jacrev(f, argnums=n), argnums=n), id="hessian"),
+            pytest.param(lambda f, n: torch.func.jacrev(torch.func.jacrev(f, argnums=n), argnums=n), id="rev-rev"),
+            pytest.param(lambda f, n: torch.func.jacrev(torch.func.jacfwd(f, argnums=n), argnums=n), id="rev-fwd"),
+        ],
+    )
+    def test_torch_func(self, variant, transform):
+        tensors, kwargs = self.op.make(self.op.small, torch.float64, variant)
+        tensors = [t.detach() for t in tensors]
+        argnums = tuple(range(len(tensors)))
+        got = transform(lambda *t: self.op.call(*t, **kwargs).sum(), argnums)(*tensors)
+        want = transform(lambda *t: self.op.truth(*t, **kwargs).sum(), argnums)(*tensors)
+        assert max(leaf.abs().max() for leaf in leaves(want)) > 0
+        for a, b in zip(leaves(got), leaves(want), strict=True):
+            close(a, b)
+
+    def test_strides(self, variant, shape):
+        tensors, kwargs = self.op.make(shape, torch.float32, variant)
+        value, grads = gradients(self.op.call, tensors, kwargs)
+        layouts = {
+            "transposed": lambda x: x.t().contiguous().t() if x.dim() == 2 else x,
+            "every second column": lambda x: torch.stack([x, x + 1], -1)[..., 0] if x.dim() else x,
+            "rows of a wider tensor": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]] if x.dim() else x,
+        }
+        for name, layout in layouts.items():
+            strided = tuple(layout(t.detach()).requires_grad_() for t in tensors)
+            got = gradients(self.op.call, strided, kwargs)
+            for a, b in zip(leaves(got), leaves((value, grads)), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+    def test_extremes(self, variant, extreme):
+        """Against fp64 truth of the very same numbers, in fp64 and fp32: finite where the definition is. `spread` is the
+        largest difference of two numbers in a row: a gradient in a temperature is a sum of terms of that size squared."""
+        change, spread = self.op.extremes[extreme]
+        for dtype, rtol, unit in ((torch.float64, 1e-9, 1e-14), (torch.float32, 2e-5, 2e-6)):
+            atol = unit * max(spread, 10)
+            tensors, kwargs = self.op.make((6, 37), dtype, variant)
+            tensors, kwargs = change(tuple(t.detach() for t in tensors), dict(kwargs))
+            tensors = tuple(t.requires_grad_() for t in tensors)
+            value, grads = gradients(self.op.call, tensors, kwargs)
+            exact_value, exact_grads = gradients(self.op.truth, *as_dtype(tensors, kwargs, torch.float64))
+            scale = exact_value[exact_value.isfinite()].abs().max().clamp(min=1).item()
+            torch.testing.assert_close(value.double(), exact_value, rtol=rtol, atol=atol * scale)
+            for g, exact in zip(grads, exact_grads, strict=True):
+                scale = exact[exact.isfinite()].abs().max().clamp(min=1).item()
+                torch.testing.assert_close(g.double(), exact, rtol=rtol, atol=atol * scale)
+
+    def test_opcheck(self):
+        for operator, args in self.op.raw():
+            torch.library.opcheck(operator, args)
+
+    def test_compile_fullgraph(self, variant):
+        torch._dynamo.reset()
+        tensors, kwargs = self.op.make(self.op.small, torch.float32, variant)
+        compiled = torch.compile(lambda *t: self.op.call(*t, **kwargs), fullgraph=True)
+        got = gradients(lambda *t: compiled(*t), tensors, {})
+        want = gradients(self.op.call, tensors, kwargs)
+        for a, b in zip(leaves(got), leaves(want), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # fp32 sums in another order
+
+    def test_random_shapes(self):
+        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @given(self.op.draw, st.integers(0, 2**31))
+        def law(drawn, seed):
+            shape, variant = drawn
+            tensors, kwargs = self.op.make(shape, torch.float64, variant, seed)
+            got = gradients(self.op.call, tensors, kwargs)
+            want = gradients(self.op.truth, tensors, kwargs)
+            for a, b in zip(leaves(got), leaves(want), strict=True):
+                close(a, b)
+
+        law()

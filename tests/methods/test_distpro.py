@@ -1,0 +1,166 @@
+"""DistPro: pathways, transforms, weights, a search and a retraining end to end."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdfast.meta import Process, meta_kd_step
+from kdfast.methods import DistPro, PathwayWeights
+from kdfast.methods.transforms import TRANSFORMS
+from kdfast.reference.pathways import hcl
+
+
+def test_27_pathways_of_3_by_3_features_and_3_transforms(task):
+    distiller = DistPro(task.student(), task.teacher())
+    assert len(distiller.pathways) == len(set(distiller.pathways)) == 27
+    assert distiller.pathways[:4] == ["s0-t0-conv1", "s0-t0-conv2", "s0-t0-conv3", "s0-t1-conv1"]
+    assert distiller.weights().tolist() == pytest.approx([1 / 28] * 27)
+
+
+def test_weights_are_a_softmax_with_a_bias():
+    weights = PathwayWeights(3)
+    weights.raw.data = torch.tensor([0.5, 1.0, 2.0])
+    exp = torch.tensor([0.5, 1.0, 2.0]).exp()
+    torch.testing.assert_close(weights(), exp / (exp.sum() + torch.tensor(1.0).exp()))
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [("conv1", 1), ("conv2", 3), ("conv3", 4)])
+def test_transforms_reach_the_teachers_shape(name, convolutions):
+    transform = TRANSFORMS[name](4, 6)
+    convs = [m for m in transform.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == convolutions and all(c.bias is None for c in convs)
+    for size in ((8, 8), (4, 4), (3, 5)):  # larger, equal, smaller and not square
+        assert transform(torch.randn(2, 4, 4, 4), size).shape == (2, 6, *size)
+
+
+def test_transform_is_conv_norm_attention_resize_conv_norm():
+    torch.manual_seed(0)
+    transform = TRANSFORMS["conv2"](4, 6)
+    x = torch.randn(2, 4, 4, 4)
+    y = transform.project[1](transform.project[0](x))
+    y = y * F.conv2d(y, transform.attention.weight)
+    y = y.repeat_interleave(2, 2).repeat_interleave(2, 3)  # nearest
+    expected = transform.refine[0][1](F.conv2d(y, transform.refine[0][0].weight, padding=1))
+    torch.testing.assert_close(transform(x, (8, 8)), expected)
+
+
+def test_loss_is_the_weighted_sum_over_pathways(task):
+    distiller = DistPro(task.student(), task.teacher(), scale=3.0)
+    distiller.weights.raw.data.uniform_(-1, 1)
+    inputs, targets = task.data(8)
+    outputs, teacher_outputs = distiller.student_outputs(inputs), distiller.teacher_outputs(inputs)
+    parts = distiller.losses(outputs, teacher_outputs, targets)
+    expected, p = 0.0, 0
+    for feature in outputs[1]:
+        for target in teacher_outputs[1]:
+            for _ in range(3):
+                moved = distiller.transforms[p](feature, target.shape[2:])
+                expected = expected + 3.0 * distiller.weights()[p] * hcl(moved, target)
+                p += 1
+    torch.testing.assert_close(parts["pathways"], expected)
+    torch.testing.assert_close(parts["task"], F.cross_entropy(outputs[0], targets))
+
+
+def test_meta_and_inner_parameters_are_apart(task):
+    distiller = DistPro(task.student(), task.teacher())
+    assert list(distiller.meta_parameters()) == [distiller.weights.raw]
+    inner = {id(p) for p in distiller.inner_parameters()}
+    assert id(distiller.weights.raw) not in inner
+    assert {id(p) for p in distiller.transforms.parameters()} < inner
+    assert distiller.export() is distiller.student
+
+
+def process_of(distiller, rows):
+    process = Process(distiller.pathways)
+    for raw in rows:
+        raw = torch.tensor(raw)
+        process.record(raw / 10, raw)
+    return process
+
+
+def test_following_a_process_drops_pathways_and_keeps_the_weights_of_the_rest(task):
+    distiller = DistPro(task.student(), task.teacher(), transforms=["conv1"])
+    rows = [[1.0] * 9, [0.4, 0.5, 0.6] * 3, [0.0] * 9]
+    distiller.follow(process_of(distiller, rows))
+    inputs, targets = task.data(8)
+    outputs, teacher_outputs = distiller.student_outputs(inputs), distiller.teacher_outputs(inputs)
+    calls = []
+    for p, transform in enumerate(distiller.transforms):
+        transform.register_forward_hook(lambda *_, p=p: calls.append(p))
+    kept = {0: list(range(9)), 1: [2, 5, 8], 2: []}
+    for step, share in ((0, 0.0), (1, 2 / 3), (2, 1.0)):
+        distiller.set_step(step)
+        calls.clear()
+        loss = distiller.losses(outputs, teacher_outputs, targets)["pathways"]
+        assert calls == kept[step]
+        assert distiller.dropped_share == pytest.approx(share)
+        distances = distiller.pathway_losses(outputs[1], teacher_outputs[1], range(9))
+        expected = sum(rows[step][p] / 10 * distances[p] for p in kept[step])
+        torch.testing.assert_close(loss, torch.as_tensor(expected, dtype=loss.dtype))
+    assert list(distiller.meta_parameters()) == []
+    assert id(distiller.weights.raw) not in {id(p) for p in distiller.inner_parameters()}
+
+
+def test_errors(task):
+    student, teacher = task.student(), task.teacher()
+    with pytest.raises(ValueError, match=r"transforms must be one or more of 'conv1', 'conv2', 'conv3', got \('abf',\)"):
+        DistPro(student, teacher, transforms=["abf"])
+    with pytest.raises(ValueError, match=r"DistPro needs student_channels, .*: a Linear does not tell them"):
+        DistPro(torch.nn.Linear(2, 2), teacher)
+    distiller = DistPro(student, teacher, student_channels=(4, 6))
+    with pytest.raises(ValueError, match=r"built for 2 student and 3 teacher features, got 3 and 3; give student_channels"):
+        distiller.losses(distiller.student_outputs(task.data(2)[0]), teacher(task.data(2)[0], features=True), None)
+    with pytest.raises(ValueError, match=r"set_step needs a process to follow; call follow"):
+        distiller.set_step(0)
+    with pytest.raises(ValueError, match=r"The process must be of this DistPro's 18 pathways \(s0-t0-conv1, ...\), got 1 \(a"):
+        distiller.follow(Process(["a"]))
+
+
+def test_search_then_retraining_end_to_end(task):
+    teacher, validation = task.teacher(), task.data(64)
+    distiller = DistPro(task.student(), teacher, transforms=["conv1", "conv2"], scale=5.0)
+    optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.05, momentum=0.9)
+    meta_optimizer = torch.optim.Adam(distiller.meta_parameters(), lr=0.1, betas=(0.5, 0.999))
+    process = Process(distiller.pathways)
+    losses = []
+    for _ in range(30):
+        process.record(distiller.weights(), distiller.weights.raw)
+        report = meta_kd_step(distiller, task.data(32), task.data(32), optimizer, meta_optimizer)
+        losses.append(report.validation_loss)
+    assert torch.stack(losses[-5:]).mean() < 0.8 * torch.stack(losses[:5]).mean()
+    assert process.raw[-1].std() > 0.1  # pathways have parted
+
+    final = DistPro(task.student(), teacher, transforms=["conv1", "conv2"], scale=5.0)
+    final.follow(process.resample(40))
+    optimizer = torch.optim.SGD(final.inner_parameters(), lr=0.05, momentum=0.9)
+    with torch.no_grad():
+        before = final.validation_loss(final.student_outputs(validation[0]), validation[1])
+    for step in range(40):
+        final.set_step(step)
+        inputs, targets = task.data(32)
+        optimizer.zero_grad()
+        outputs = final.student_outputs(inputs)
+        sum(final.losses(outputs, final.teacher_outputs(inputs), targets).values()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = final.validation_loss(final.student_outputs(validation[0]), validation[1])
+    assert after < 0.5 * before
+
+
+def test_a_pathway_to_noise_loses_its_weight(task):
+    """Validation, not the train loss, says which pathways help: one that asks for noise harms."""
+    distiller = DistPro(task.student(), task.teacher(), transforms=["conv1"], scale=30.0)
+    teacher_outputs = distiller.teacher_outputs
+
+    def noisy(inputs):
+        logits, features = teacher_outputs(inputs)
+        return logits, [3 * torch.randn_like(features[0]), *features[1:]]
+
+    distiller.teacher_outputs = noisy
+    optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.05)
+    meta_optimizer = torch.optim.SGD(distiller.meta_parameters(), lr=30.0)
+    for _ in range(25):
+        meta_kd_step(distiller, task.data(32), task.data(64), optimizer, meta_optimizer)
+    to_noise = torch.tensor(["-t0-" in name for name in distiller.pathways])
+    weights = distiller.weights().detach()
+    assert weights[to_noise].mean() < weights[~to_noise].mean()

@@ -1,0 +1,20 @@
+"""Triton's kd_kl under its interpreter. Collected only by test_kd_kl_triton.py, in a process of its own, because
+TRITON_INTERPRET has to be set before the kernels are imported."""
+
+import pytest
+from tests.ops.kd_kl_cases import CASES, EDGES, check
+
+from kdfast.triton.kd_kl import kd_kl, kd_kl_backward
+
+# numpy, which plays the GPU, warns of the infinities that masked classes and absent columns are made of.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case):
+    check(case, kd_kl, kd_kl_backward, truncates=True)  # the interpreter does, compiled code does not
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=lambda f: f.__name__)
+def test_edge(edge):
+    edge(kd_kl, kd_kl_backward)
