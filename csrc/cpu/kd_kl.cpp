@@ -16,6 +16,7 @@
 
 #include "../stable.h"
 #include "kd_kl_row.h"
+#include "pages.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -49,13 +50,25 @@ struct Outputs {
   bool temperature_grad = false;
 };
 
-template <class T>
-T* row_or_null(Tensor* x, int64_t offset) {
-  return x == nullptr ? nullptr : static_cast<T*>(x->data_ptr()) + offset;
-}
+// One value for all rows, or one a row.
 template <class A>
-double at(const OptionalTensor& x, int64_t row, double otherwise) {
-  return x.has_value() ? static_cast<const A*>(x->data_ptr())[x->numel() == 1 ? 0 : row] : otherwise;
+struct PerRow {
+  const A* values;
+  int64_t stride;
+  double otherwise;
+  PerRow(const OptionalTensor& x, double otherwise)
+      : values(data_or_null<A>(x)), stride(x.has_value() && x->numel() > 1), otherwise(otherwise) {}
+  double operator[](int64_t row) const { return values == nullptr ? otherwise : values[row * stride]; }
+};
+
+using kdfast::data_or_null;
+template <class T>
+T* data_or_null(Tensor* x) {
+  return x == nullptr ? nullptr : static_cast<T*>(x->data_ptr());
+}
+template <class T>
+T* offset(T* x, int64_t by) {
+  return x == nullptr ? nullptr : x + by;
 }
 
 // T is the storage type of the logits, A the type of the arithmetic and of every other floating point tensor.
@@ -67,24 +80,25 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   static thread_local std::vector<A> memory;  // kept between calls, so that no call faults pages in
   if (static_cast<int64_t>(memory.size()) < 6 * padded) memory.resize(6 * padded);
   A* const scratch = memory.data();
+  A *const s = scratch + 3 * padded, *const t = scratch + 4 * padded, *const p = scratch + 5 * padded;
+
+  const T *student = static_cast<const T*>(in.student.data_ptr()), *teacher = static_cast<const T*>(in.teacher.data_ptr());
   const int64_t* labels = data_or_null<int64_t>(in.labels);
+  const A *target = data_or_null<A>(in.target), *grad = out.grad == nullptr ? nullptr : static_cast<const A*>(out.grad->data_ptr());
+  const PerRow<A> tau_s(in.student_temperature, in.tau_s), tau_t(in.teacher_temperature, in.tau_t), weight(in.weight, 1.0);
+  A *const loss = data_or_null<A>(out.loss), *const stats = data_or_null<A>(out.stats);
+  T *const student_grad = data_or_null<T>(out.student_grad), *const teacher_grad = data_or_null<T>(out.teacher_grad);
   const Options o{in.tau_s, in.tau_t, in.alpha, in.label_smoothing, in.ignore_index,
                   static_cast<int>(in.divergence), static_cast<int>(in.scale)};
 
   for (int64_t i = begin; i < end; ++i) {
-    const T* student = static_cast<const T*>(in.student.data_ptr()) + i * n;
-    const T* teacher = static_cast<const T*>(in.teacher.data_ptr()) + i * n;
-    A* loss = row_or_null<A>(out.loss, i);
-    A* stats = row_or_null<A>(out.stats, i * kStats);
-    T* ds = row_or_null<T>(out.student_grad, i * n);
-    T* dt = row_or_null<T>(out.teacher_grad, i * n);
-
+    T *const ds = offset(student_grad, i * n), *const dt = offset(teacher_grad, i * n);
     const bool ignored = labels != nullptr && labels[i] == in.ignore_index;
     if (ignored || (labels != nullptr && (labels[i] < 0 || labels[i] >= n))) {
       const A value = ignored ? A(0) : std::numeric_limits<A>::quiet_NaN();
       T narrow_value;
       narrow(value, &narrow_value);
-      if (loss != nullptr) *loss = value, std::fill_n(stats, kStats, value);
+      if (loss != nullptr) loss[i] = value, std::fill_n(stats + i * kStats, kStats, value);
       if (ds != nullptr) std::fill_n(ds, n, narrow_value);
       if (dt != nullptr) std::fill_n(dt, n, narrow_value);
       continue;
@@ -94,33 +108,28 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
     row.n = direct ? n : padded;
     row.e_u = scratch, row.e_v = scratch + padded, row.spare = scratch + 2 * padded;
     if constexpr (std::is_same_v<T, A>) {
-      if (direct) row.student = student, row.teacher = teacher, row.student_grad = ds, row.teacher_grad = dt;
+      row.student = student + i * n, row.teacher = teacher + i * n;
+      row.student_grad = ds, row.teacher_grad = dt;
       if (direct && ds != nullptr) row.e_u = ds;
     }
+    row.target = offset(target, i * n);
     if (!direct) {
-      A *s = scratch + 3 * padded, *t = scratch + 4 * padded;
-      load(student, s, n, padded);
-      load(teacher, t, n, padded);
+      load(student + i * n, s, n, padded);
+      load(teacher + i * n, t, n, padded);
       row.student = s, row.teacher = t;
-      if (ds != nullptr) row.student_grad = row.e_u;
-      if (dt != nullptr) row.teacher_grad = row.spare;
-    }
-    if (in.target.has_value()) {
-      row.target = static_cast<const A*>(in.target->data_ptr()) + i * n;
-      if (!direct) {
-        A* target = scratch + 5 * padded;
-        std::copy_n(row.target, n, target);
-        std::fill(target + n, target + padded, A(0));
-        row.target = target;
+      row.student_grad = ds != nullptr ? row.e_u : nullptr;
+      row.teacher_grad = dt != nullptr ? row.spare : nullptr;
+      if (target != nullptr) {
+        std::copy_n(row.target, n, p);
+        std::fill(p + n, p + padded, A(0));
+        row.target = p;
       }
     }
     row.label = labels != nullptr ? labels[i] : -1;
-    row.tau_s = at<A>(in.student_temperature, i, in.tau_s);
-    row.tau_t = at<A>(in.teacher_temperature, i, in.tau_t);
-    row.weight = at<A>(in.weight, i, 1.0);
-    row.coefficient = out.grad != nullptr ? static_cast<const A*>(out.grad->data_ptr())[i] : out.coefficient;
+    row.tau_s = tau_s[i], row.tau_t = tau_t[i], row.weight = weight[i];
+    row.coefficient = grad != nullptr ? grad[i] : out.coefficient;
     row.temperature_grad = out.temperature_grad;
-    compute(row, o, loss, stats);
+    compute(row, o, offset(loss, i), offset(stats, i * kStats));
     if (!direct && ds != nullptr) store(row.student_grad, ds, n);
     if (!direct && dt != nullptr) store(row.teacher_grad, dt, n);
   }
@@ -156,6 +165,12 @@ std::tuple<Tensor, Tensor> empty_loss_and_stats(const Tensor& student) {
   return {empty(student, {student.size(0)}, type), empty(student, {student.size(0), kStats}, type)};
 }
 
+Tensor empty_gradient(const Tensor& like) {
+  Tensor gradient = torch::stable::empty_like(like);
+  want_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
+  return gradient;
+}
+
 std::tuple<Tensor, Tensor> kd_kl(
     Tensor student, Tensor teacher, OptionalTensor student_temperature, OptionalTensor teacher_temperature,
     OptionalTensor labels, OptionalTensor target, OptionalTensor weight, double tau_s, double tau_t, double alpha,
@@ -174,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_kl_value_and_grad(
     double coefficient) {
   const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
                   tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
-  Tensor student_grad = torch::stable::empty_like(student);
+  Tensor student_grad = empty_gradient(student);
   auto [loss, stats] = empty_loss_and_stats(student);
   run(in, {.loss = &loss, .stats = &stats, .student_grad = &student_grad, .coefficient = coefficient,
            .temperature_grad = temperature_grad});
@@ -190,8 +205,8 @@ std::tuple<Tensor, Tensor> kd_kl_backward(
   const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
                   tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
   const Tensor nothing = empty(student, {0}, student.scalar_type());
-  Tensor ds = student_grad ? torch::stable::empty_like(student) : nothing;
-  Tensor dt = teacher_grad ? torch::stable::empty_like(teacher) : nothing;
+  Tensor ds = student_grad ? empty_gradient(student) : nothing;
+  Tensor dt = teacher_grad ? empty_gradient(teacher) : nothing;
   run(in, {.student_grad = student_grad ? &ds : nullptr, .teacher_grad = teacher_grad ? &dt : nullptr, .grad = &grad});
   return {ds, dt};
 }

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../math/online_softmax.h"
 
@@ -65,7 +66,9 @@ template <class T>
 __device__ __forceinline__ void store(T* __restrict__ row, const Chunks<kChunk<T>>& chunks, int first,
                                       const Vector<T>& v) {
   if (chunks.whole(first)) {
-    *reinterpret_cast<Vector<T>*>(row + first) = v;
+    uint4 bits;
+    memcpy(&bits, &v, sizeof(bits));
+    __stwb(reinterpret_cast<uint4*>(row + first), bits);  // nvcc tears a plain store of 16 bytes to pieces here
   } else {
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) {

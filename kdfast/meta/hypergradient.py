@@ -22,8 +22,8 @@ from kdfast.meta.inner import functional_step
 
 TANGENTS = ("forward", "central")
 
-# Relative size of the displacement. Truncation grows with it, rounding falls with it, and docs/math/hypergradient.md
-# has the curves. In bfloat16 a forward difference has no good size: the two meet above 15 % error.
+# Relative size of the displacement. Truncation grows with it, rounding falls with it; the curves are in
+# docs/math/hypergradient.md. In bfloat16 a forward difference has no good size: the two meet above 15 % error.
 RADIUS = {
     ("forward", "float64"): 1e-7,
     ("central", "float64"): 1e-7,
@@ -33,7 +33,7 @@ RADIUS = {
     ("central", "tf32"): 1e-2,
     ("central", "bfloat16"): 3e-2,
 }
-SMALLEST_RMS = 1e-3  # a weight initialised to zero counts as one of this rms, or it alone would stop the displacement
+SMALLEST_RMS = 1e-3  # a weight initialised to zero counts as this, or it alone would stop the displacement
 
 
 class _Halves(nn.Module):
@@ -69,13 +69,14 @@ class Shadow:
     def replay(self) -> None:
         """Set the random state to the one in which the shadow was made, so that dropout drops the same units."""
         torch.set_rng_state(self.random_state[0])
-        for device, state in zip(self.devices, self.random_state[1]):
+        for device, state in zip(self.devices, self.random_state[1], strict=True):
             torch.cuda.set_rng_state(state, device)
 
     def at(self, values: Sequence[Tensor], function: Callable, *args) -> Any:
         """`function(distiller, *args)` with the inner parameters at `values` (shaped like them)."""
-        buffers = {name: b.clone() for name, b in self.buffers.items()}
-        return functional_call(self.module, {**dict(zip(self.names, values)), **buffers}, (function, *args))
+        tensors = {name: b.clone() for name, b in self.buffers.items()}
+        tensors |= dict(zip(self.names, values, strict=True))
+        return functional_call(self.module, tensors, (function, *args))
 
 
 def train_parts(distiller, batch: tuple[Any, Tensor], teacher_outputs: Any) -> dict[str, Tensor]:
@@ -129,15 +130,15 @@ def direction(
     epsilon = radius / sqrt(sum_l (|w_l| / d_l)^2), with d_l the norm of a weight tensor and sqrt(numel) for
     vectors (biases, normalisation): the displaced network is as far away whatever the weights' scale is.
     """
-    w = [None if s is None or x is None else s * x for s, x in zip(slopes, v)]
-    moved = [(theta, g, x) for theta, g, x in zip(values, gradients, w) if x is not None]
+    w = [None if s is None or x is None else s * x for s, x in zip(slopes, v, strict=True)]
+    moved = [(theta, g, x) for theta, g, x in zip(values, gradients, w, strict=True) if x is not None]
     if not moved:
         zero = values[0].new_zeros(())
         return Direction(list(values), w, zero, zero, zero > 0)
     weights = [i for i, (theta, _, _) in enumerate(moved) if theta.dim() >= 2]
     rms = _rms([x for _, _, x in moved])
     sizes = _rms([moved[i][0] for i in weights])
-    for i, size in zip(weights, sizes):  # 0-dim tensors, divided one by one: an index tensor would make a GPU wait
+    for i, size in zip(weights, sizes, strict=True):
         rms[i] = rms[i] / size.clamp(min=SMALLEST_RMS)
     relative = torch.linalg.vector_norm(torch.stack(rms))
     usable = relative.isfinite() & (relative > 0)
@@ -148,7 +149,7 @@ def direction(
 
 def _rms(tensors: list[Tensor]) -> list[Tensor]:
     norms = torch._foreach_norm(tensors) if tensors else []
-    return [norm / x.numel() ** 0.5 for norm, x in zip(norms, tensors)]
+    return [norm / x.numel() ** 0.5 for norm, x in zip(norms, tensors, strict=True)]
 
 
 class Tangent(NamedTuple):
@@ -178,7 +179,7 @@ def tangent_of_head(
         return _no_tangent(meta, along)
 
     def evaluate(factor: Tensor) -> tuple[Tensor, list[Tensor]]:
-        point = [t if x is None else torch.addcmul(t, x, factor) for t, x in zip(along.values, along.w)]
+        point = [t if x is None else torch.addcmul(t, x, factor) for t, x in zip(along.values, along.w, strict=True)]
         shadow.replay()
         loss = shadow.at(point, _head_loss, batch, teacher_outputs)
         return loss.detach(), _gradient(loss, meta)
@@ -190,7 +191,7 @@ def tangent_of_head(
         base, width = base, along.epsilon
     difference = (loss - base[0]) / width
     error = (difference - along.slope).abs() / along.slope.abs()
-    h = [(a if b is None else a - b) / width for a, b in zip(gradient, base[1])]
+    h = [(a if b is None else a - b) / width for a, b in zip(gradient, base[1], strict=True)]
     usable = along.usable & torch.stack([x.isfinite().all() for x in h]).all()
     return Tangent([torch.where(usable, x, 0.0) for x in h], error, usable)
 
@@ -227,9 +228,9 @@ def _precision(parameter: Tensor) -> str:
     dtype = parameter.dtype
     if torch.is_autocast_enabled(device) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(device)
-    if dtype == torch.float32 and device == "cuda":
-        if "tf32" in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision):
-            return "tf32"
+    rounded = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    if dtype == torch.float32 and device == "cuda" and "tf32" in rounded:
+        return "tf32"
     return str(dtype).removeprefix("torch.")
 
 

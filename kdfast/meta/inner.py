@@ -53,7 +53,7 @@ def functional_step(
     groups = _groups(optimizer)
     return [
         theta if g is None else _rule(optimizer)[0](groups[id(p)], optimizer.state.get(p, {}), theta, g)
-        for p, theta, g in zip(parameters, values, gradients)
+        for p, theta, g in zip(parameters, values, gradients, strict=True)
     ]
 
 
@@ -70,7 +70,7 @@ def update_slopes(
     groups = _groups(optimizer)
     return [
         None if g is None else _rule(optimizer)[1](groups[id(p)], optimizer.state.get(p, {}), p, g)
-        for p, g in zip(parameters, gradients)
+        for p, g in zip(parameters, gradients, strict=True)
     ]
 
 

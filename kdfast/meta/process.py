@@ -133,7 +133,7 @@ class Process:
 
     def _gather(self) -> ProcessStep:
         if self._recorded:
-            added = (torch.stack(rows).float().cpu() for rows in zip(*self._recorded))
-            self._stored = ProcessStep(*(torch.cat(pair) for pair in zip(self._stored, added)))
+            added = (torch.stack(rows).float().cpu() for rows in zip(*self._recorded, strict=True))
+            self._stored = ProcessStep(*(torch.cat(pair) for pair in zip(self._stored, added, strict=True)))
             self._recorded = []
         return self._stored

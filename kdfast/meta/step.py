@@ -124,7 +124,7 @@ def meta_kd_step(
         result = hyper.tangent_of_head(
             shadow, along, meta, train_batch, teacher_outputs, base if tangent == "forward" else None
         )
-    for p, h in zip(meta, result.meta_gradient):
+    for p, h in zip(meta, result.meta_gradient, strict=True):
         p.grad = h
     if not result.usable.is_cpu or result.usable:
         meta_optimizer.step()

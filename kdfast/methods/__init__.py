@@ -5,4 +5,4 @@ from kdfast.methods.distpro import DistPro, PathwayWeights
 from kdfast.methods.kd import KD, Alone
 from kdfast.methods.mkd import MKD, Temperatures, incorrect_brier
 
-__all__ = ["Alone", "DistPro", "Distiller", "KD", "MKD", "PathwayWeights", "Temperatures", "incorrect_brier"]
+__all__ = ["KD", "MKD", "Alone", "DistPro", "Distiller", "PathwayWeights", "Temperatures", "incorrect_brier"]

@@ -145,7 +145,8 @@ class DistPro(Distiller):
             return student_features[0].new_zeros(0)
         ends = [self._ends[p] for p in kept]
         moved = [
-            self.transforms[p](student_features[s], teacher_features[t].shape[2:]) for p, (s, t) in zip(kept, ends)
+            self.transforms[p](student_features[s], teacher_features[t].shape[2:])
+            for p, (s, t) in zip(kept, ends, strict=True)
         ]
         return pathway_losses(moved, [teacher_features[t] for _, t in ends])
 
@@ -163,8 +164,8 @@ class DistPro(Distiller):
         if process.pathways != self.pathways:
             raise ValueError(
                 f"The process must be of this DistPro's {len(self.pathways)} pathways ({self.pathways[0]}, ...), got "
-                f"{len(process.pathways)} ({', '.join(process.pathways[:1])}, ...); build both with the same transforms "
-                "and features."
+                f"{len(process.pathways)} ({', '.join(process.pathways[:1])}, ...); build both with the same "
+                "transforms and features."
             )
         self._process = process
         self.set_step(0)

@@ -49,7 +49,7 @@ class Temperatures(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """tau_s and tau_t, scalars."""
-        with torch.autocast(self.code.device.type, enabled=False):  # a temperature is one number: rounding it saves nothing
+        with torch.autocast(self.code.device.type, enabled=False):  # two numbers: rounding them saves nothing
             code = self.code if self.mlp is None else self.mlp(self.code)
             learned = self.initial + self.span * (torch.sigmoid(code) - 0.5)  # [1] or [2]
         fixed = torch.full_like(learned[0], self.initial)

@@ -24,6 +24,7 @@ class Recipe:
 
     train_per_class: int = 20
     validation_per_class: int = 60
+    teacher_shift: int = 1
     shift: int = 1  # training images move by up to this many pixels
     batch_size: int = 40
     weight_decay: float = 1e-2
@@ -145,7 +146,7 @@ def compare(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds[0])
         teacher = bench.network(recipe.teacher_depth, recipe.teacher_widths)
-        teacher_run = bench.train("teacher", Alone(teacher), bench.loader(split.train, seeds[0]), recipe.teacher_epochs)
+        teacher_run = bench.train("teacher", Alone(teacher), bench.loader(split.train, seeds[0], recipe.teacher_shift), recipe.teacher_epochs)
         on_run("teacher", teacher_run)
         runs: dict[str, list[Run]] = {name: [] for name in methods}
         for seed in seeds:
@@ -198,13 +199,13 @@ class _Bench:
         torch.manual_seed(seed)
         return self.network(self.recipe.student_depth, self.recipe.student_widths)
 
-    def loader(self, data: ImageSet, seed: int) -> TensorLoader:
+    def loader(self, data: ImageSet, seed: int, shift=None) -> TensorLoader:
         return TensorLoader(
             data,
             min(self.recipe.batch_size, len(data.labels)),
             seed=seed,
             batches=self.recipe.epoch_steps,  # also of a part of the images, so that all trainings have equal steps
-            shift=self.recipe.shift,
+            shift=self.recipe.shift if shift is None else shift,
             background=self.split.background,
         )
 

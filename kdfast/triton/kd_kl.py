@@ -311,7 +311,7 @@ def tile(classes: int, dtype: torch.dtype) -> tuple[int, int, int]:
     columns at a time, so that two tiles and their exponentials stay in registers."""
     if classes <= 1024:
         columns = max(16, triton.next_power_of_2(classes))
-        return max(1, 1024 // columns), columns, 4
+        return max(1, 128 // columns), columns, 2 if columns <= 256 else 4  # the scalars of at most 2 rows a thread
     widest = 2048 if dtype == torch.float64 else 4096
     columns = min(triton.next_power_of_2(classes), widest)
     return 1, columns, 4 if columns <= 2048 else 8

@@ -61,9 +61,9 @@ def meta_gradient(distiller, batches, radius, tangent, precision):
     optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.05, momentum=0.9)
     meta_optimizer = torch.optim.SGD(distiller.meta_parameters(), lr=0.0)
     conv = tf32_conv if precision == "tf32" else nn.Conv2d._conv_forward
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        with mock.patch.object(nn.Conv2d, "_conv_forward", conv):
-            report = meta_kd_step(distiller, *batches, optimizer, meta_optimizer, radius=radius, tangent=tangent)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with autocast, mock.patch.object(nn.Conv2d, "_conv_forward", conv):
+        report = meta_kd_step(distiller, *batches, optimizer, meta_optimizer, radius=radius, tangent=tangent)
     h = torch.cat([p.grad.flatten() for p in distiller.meta_parameters()])
     return h.double(), report.tangent_error.double()
 
@@ -78,7 +78,7 @@ def exact(distiller, batches):
 def median_errors(distiller, pairs, truth, radius, tangent, precision):
     """Relative errors of h, and of the training loss along w."""
     results = [meta_gradient(distiller, pair, radius, tangent, precision) for pair in pairs]
-    errors = torch.stack([(h - exact).norm() / exact.norm() for (h, _), exact in zip(results, truth)])
+    errors = torch.stack([(h - exact).norm() / exact.norm() for (h, _), exact in zip(results, truth, strict=True)])
     return errors.quantile(0.5).item(), torch.stack([known for _, known in results]).quantile(0.5).item()
 
 

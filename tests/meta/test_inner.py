@@ -34,13 +34,15 @@ def test_step_and_slopes(name, steps_before, double):
     gradients = [torch.randn_like(p).requires_grad_() for p in parameters]
     slopes = update_slopes(optimizer, parameters, gradients)
     stepped = functional_step(optimizer, parameters, theta, gradients)
-    for p, g in zip(parameters, gradients):
+    for p, g in zip(parameters, gradients, strict=True):
         p.grad = g.detach()
     optimizer.step()
-    for x, p in zip(stepped, parameters):
+    for x, p in zip(stepped, parameters, strict=True):
         torch.testing.assert_close(x, p.detach(), rtol=1e-12, atol=1e-12)
     v = [torch.randn_like(p) for p in parameters]
-    for x, expected in zip([s * y for s, y in zip(slopes, v)], torch.autograd.grad(stepped, gradients, v)):
+    for x, expected in zip(
+        [s * y for s, y in zip(slopes, v, strict=True)], torch.autograd.grad(stepped, gradients, v), strict=False
+    ):
         torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -59,7 +61,8 @@ def test_slope_is_zero_where_adam_saw_no_gradient(decay):
     p.grad = torch.tensor([0.0, 2.0])
     optimizer.step()
     slope = update_slopes(optimizer, [p], [torch.tensor([0.0, 1.0])])[0]
-    assert slope[0] == 0 and slope[1] < 0
+    assert slope[0] == 0
+    assert slope[1] < 0
 
 
 def test_unsupported_optimizers_are_named():

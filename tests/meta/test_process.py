@@ -23,7 +23,8 @@ def test_records_a_copy_of_each_step():
         weights.zero_()
     process.record(weights, weights)
     assert len(process) == 2
-    assert process.weights.tolist() == [[0.25, 0.5], [0.0, 0.0]] and not process.weights.requires_grad
+    assert process.weights.tolist() == [[0.25, 0.5], [0.0, 0.0]]
+    assert not process.weights.requires_grad
     process.record(weights, weights)  # after it has been read
     assert process.raw.shape == (3, 2)
 
@@ -33,7 +34,8 @@ def test_round_trip(tmp_path):
     process.save(tmp_path / "process.safetensors")
     loaded = Process.load(tmp_path / "process.safetensors")
     assert loaded.pathways == NAMES
-    assert torch.equal(loaded.weights, process.weights) and torch.equal(loaded.raw, process.raw)
+    assert torch.equal(loaded.weights, process.weights)
+    assert torch.equal(loaded.raw, process.raw)
     loaded.record(torch.zeros(2), torch.zeros(2))
     assert len(loaded) == 4
 

@@ -50,7 +50,9 @@ def test_student_ends_bit_for_bit_where_ordinary_steps_lead(autocast, head, name
     optimizers = [OPTIMIZERS[name](list(d.inner_parameters())) for d in (meta, ordinary)]
     meta_optimizer = SGD(meta.meta_parameters(), lr=0.0)
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # around all steps: its weight cache must not go stale
+    with torch.autocast(
+        "cpu", torch.bfloat16, enabled=autocast
+    ):  # around all steps: its weight cache must not go stale
         torch.manual_seed(1)
         losses = [
             meta_kd_step(meta, *pair, optimizers[0], meta_optimizer, tangent=tangent, commit=commit, radius=1e-3).loss
@@ -100,7 +102,7 @@ def test_head_is_compared_with_itself(tiny):
         seen.clear()
         meta_kd_step(distiller, tiny.batch(), tiny.batch(), optimizer, meta_optimizer, tangent=tangent)
         assert len(seen) == evaluations
-        assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
+        assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 
 def test_separate_steps_with_the_new_meta_parameters(tiny):
@@ -129,7 +131,7 @@ def test_meta_step_lowers_the_validation_loss_after_the_same_step(head, commit, 
     optimizer = SGD(distiller.inner_parameters(), lr=0.1)
     meta_optimizer = SGD(distiller.meta_parameters(), lr=1.0)
     report = meta_kd_step(distiller, train, validation, optimizer, meta_optimizer, commit=commit)
-    for old, new in zip(before.meta_parameters(), distiller.meta_parameters()):
+    for old, new in zip(before.meta_parameters(), distiller.meta_parameters(), strict=True):
         old.data.copy_(new)
     ordinary_step(before, train, SGD(before.inner_parameters(), lr=0.1))
     loss = before.validation_loss(before.student_outputs(validation[0]), validation[1])
@@ -157,7 +159,8 @@ def test_update_is_skipped_and_the_student_still_steps(cause, commit, tiny):
     report = meta_kd_step(distiller, train, validation, optimizer, meta_optimizer, commit=commit)
     torch.manual_seed(1)
     ordinary_step(ordinary, train, SGD(ordinary.inner_parameters(), lr=0.1))
-    assert report.skipped and report.meta_gradient_norm == 0
+    assert report.skipped
+    assert report.meta_gradient_norm == 0
     assert torch.equal(distiller.phi, ordinary.phi)
     assert torch.equal(distiller.student.conv1.weight, ordinary.student.conv1.weight)
 
@@ -175,7 +178,8 @@ def test_update_is_skipped_where_the_displaced_head_overflows(tiny):
     meta_optimizer = SGD(distiller.meta_parameters(), lr=0.1)
     before = distiller.phi.detach().clone()
     report = meta_kd_step(distiller, tiny.batch(), tiny.batch(), optimizer, meta_optimizer)
-    assert report.skipped and torch.equal(distiller.phi, before)
+    assert report.skipped
+    assert torch.equal(distiller.phi, before)
 
 
 def test_frozen_and_unused_parameters(tiny, double):
@@ -185,7 +189,8 @@ def test_frozen_and_unused_parameters(tiny, double):
     optimizer = SGD([p for p in distiller.inner_parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
     meta_optimizer = SGD(distiller.meta_parameters(), lr=1.0)
     report = meta_kd_step(distiller, tiny.batch(), tiny.batch(), optimizer, meta_optimizer)
-    assert not report.skipped and report.tangent_error < 1e-3
+    assert not report.skipped
+    assert report.tangent_error < 1e-3
     assert torch.equal(distiller.unused, torch.ones(2))
 
 
@@ -208,11 +213,10 @@ def test_teacher_outputs_at_hand_are_used(tiny):
 def test_report_is_detached_scalars(tiny):
     distiller = tiny.distiller("pathways")
     optimizer = SGD(distiller.inner_parameters(), lr=0.1)
-    report = meta_kd_step(
-        distiller, tiny.batch(), tiny.batch(), optimizer, SGD(distiller.meta_parameters(), lr=0.1)
-    )
+    report = meta_kd_step(distiller, tiny.batch(), tiny.batch(), optimizer, SGD(distiller.meta_parameters(), lr=0.1))
     values = [*report.parts.values(), *(x for x in report if isinstance(x, torch.Tensor))]
-    assert set(report.parts) == {"task", "pathways"} and len(values) == 2 + 6
+    assert set(report.parts) == {"task", "pathways"}
+    assert len(values) == 2 + 6
     assert all(x.dim() == 0 and not x.requires_grad for x in values)
     torch.testing.assert_close(sum(report.parts.values()), report.loss)
 

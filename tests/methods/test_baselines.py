@@ -13,7 +13,8 @@ def test_alone_is_cross_entropy(task):
     parts = distiller.losses(outputs, distiller.teacher_outputs(inputs), targets)
     assert list(parts) == ["task"]
     torch.testing.assert_close(parts["task"], F.cross_entropy(outputs, targets))
-    assert distiller.export() is distiller.student and list(distiller.meta_parameters()) == []
+    assert distiller.export() is distiller.student
+    assert list(distiller.meta_parameters()) == []
 
 
 def test_kd_is_hintons_loss(task):
@@ -30,7 +31,8 @@ def test_kd_is_hintons_loss(task):
 def test_teacher_stays_frozen_and_out_of_the_state(task):
     teacher = task.teacher()
     distiller = KD(task.student(), teacher).double().train()
-    assert not teacher.training and next(teacher.parameters()).dtype == torch.float64
+    assert not teacher.training
+    assert next(teacher.parameters()).dtype == torch.float64
     assert not any(p.requires_grad for p in teacher.parameters())
     mine = {id(p) for p in distiller.parameters()}
     assert not any(id(p) in mine for p in teacher.parameters())

@@ -72,10 +72,13 @@ CASES = [
     Case("fp16", 3, 61, _options(alpha=0.2, label_smoothing=0.1), torch.float16, "target", weight=True),
     Case("fp64", 3, 31, _options(alpha=0.5, **PRODUCT), torch.float64, "labels", temperatures="rows"),
     Case("fp64_numbers", 3, 31, _options(0.1, 1.0 / 3.0, alpha=0.7, label_smoothing=0.1), torch.float64, "labels"),
-    # Shapes: one class, one row, one row beside a full program, wide rows of several tiles.
+    # Shapes: one class, one row, the widest that share a block, wide rows of several tiles.
     Case("one_class", 3, 1, _options(alpha=0.5), hard="labels", temperatures="one"),
     Case("one_row", 1, 10, temperatures="one"),
     Case("many_rows", 130, 7, _options(alpha=0.9), hard="ignored"),
+    Case("thousand", 3, 1000, _options(alpha=0.5), hard="labels", temperatures="rows"),
+    Case("thousand_bf16", 3, 1000, _options(alpha=0.5, label_smoothing=0.1, **REVERSE), torch.bfloat16, "target"),
+    Case("thousand_fp64", 3, 1000, _options(alpha=0.5, **SOFT_CE), torch.float64, "labels", temperatures="one"),
     Case("wide", 2, 9001, _options(alpha=0.5, **SOFT_CE), hard="labels", temperatures="rows"),
     Case("wide_reverse_bf16", 2, 8200, _options(**REVERSE), torch.bfloat16, temperatures="one"),
     Case("wide_target", 2, 5003, _options(alpha=0.6, label_smoothing=0.1), hard="target", masked=True),
