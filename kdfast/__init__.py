@@ -1,7 +1,23 @@
 """kdfast: fast knowledge distillation, and meta-learned distillation made practical."""
 
 from kdfast import _native  # noqa: F401  (first: it registers the compiled kernels)
+from kdfast.backends import show_backends
 from kdfast.losses import KDLoss, kd_loss
+from kdfast.meta import MetaStepReport, Process, exact_hypergradient, meta_kd_step
+from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
 
 __version__ = "0.1.0"
-__all__ = ["KDLoss", "kd_loss"]
+__all__ = [
+    "KD",
+    "MKD",
+    "Alone",
+    "DistPro",
+    "Distiller",
+    "KDLoss",
+    "MetaStepReport",
+    "Process",
+    "exact_hypergradient",
+    "kd_loss",
+    "meta_kd_step",
+    "show_backends",
+]

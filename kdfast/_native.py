@@ -17,7 +17,7 @@ except ImportError as error:
         f"kdfast runs in plain PyTorch, without compiled kernels: {failure}. Reinstall with a C++ compiler "
         "to have them, under KDFAST_REQUIRE_NATIVE=1 to see a failing build.",
         UserWarning,
-        stacklevel=3,
+        stacklevel=2,
     )
 else:
     build_info = _C.build_info()

@@ -4,6 +4,9 @@ import torch
 
 from kdfast import _native, triton
 
+if torch.version.cuda is not None:
+    triton.register()
+
 OPS = {"kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad")}
 
 
@@ -41,16 +44,16 @@ def _cuda(name: str) -> str:
 
 def _reasons() -> list[str]:
     native = _native.build_info
-    lines = []
+    no_cuda = f"torch {torch.__version__} is a build without CUDA"
     if _native.failure is not None:
-        lines.append(f"C++: not built: {_native.failure}")
+        cpu = f"not built: {_native.failure}"
     else:
-        lines.append(f"C++: built with {native['compiler']}")
+        cpu = f"built with {native['compiler']}"
     if native.get("cuda_architectures"):
-        lines.append(f"CUDA C++: built for sm_{native['cuda_architectures'].replace(';', ', sm_')}")
+        cuda = f"built for sm_{native['cuda_architectures'].replace(';', ', sm_')}"
     elif torch.version.cuda is None:
-        lines.append(f"CUDA C++: not built: torch {torch.__version__} is a build without CUDA")
+        cuda = f"not built: {no_cuda}"
     else:
-        lines.append("CUDA C++: not built: nvcc was not found; install the CUDA toolkit and reinstall kdfast")
-    lines.append(f"Triton: {triton.status()}")
-    return lines
+        cuda = "not built: no nvcc when kdfast was installed; install the CUDA toolkit and reinstall kdfast"
+    python = f"not used: {no_cuda}" if torch.version.cuda is None else triton.status()
+    return [f"C++: {cpu}", f"CUDA C++: {cuda}", f"Triton: {python}"]

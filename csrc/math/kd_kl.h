@@ -83,13 +83,14 @@ struct DivergenceSums {
   template <int N>
   KDFAST_HD void add(const A (&x)[N], const A (&y)[N], const Units<A>& unit) {  // N logits of from, of to
     A from_max = from.max, to_max = to.max;
-#pragma unroll
+    KDFAST_UNROLL
     for (int i = 0; i < N; ++i) from_max = larger(from_max, x[i]), to_max = larger(to_max, y[i]);
     if (from_max > from.max || to_max > to.max) raise(from_max, to_max, unit);
     const A from_base = base_of(from.max), to_base = base_of(to.max);
-#pragma unroll
+    KDFAST_UNROLL
     for (int i = 0; i < N; ++i) {
-      const A y_from = (x[i] - from_base) * unit.k_from, y_to = (y[i] - to_base) * unit.k_to;
+      const A y_from = rounded_product(x[i] - from_base, unit.k_from);
+      const A y_to = rounded_product(y[i] - to_base, unit.k_to);
       const A e = exp2_of(y_from);
       from.sum += e;
       to.sum += exp2_of(y_to);
@@ -118,11 +119,11 @@ struct HardSums {
   template <int N>
   KDFAST_HD void add(const A (&s)[N], const A (&target)[N]) {  // N logits; N target probabilities (0 for labels)
     A max = softmax.max;
-#pragma unroll
+    KDFAST_UNROLL
     for (int i = 0; i < N; ++i) max = larger(max, s[i]);
     if (max > softmax.max) raise(max);
     const A base = base_of(softmax.max);
-#pragma unroll
+    KDFAST_UNROLL
     for (int i = 0; i < N; ++i) {
       const A y = (s[i] - base) * A(kLog2e);
       softmax.sum += exp2_of(y);

@@ -15,8 +15,10 @@
 
 #if defined(__CUDACC__)
 #define KDFAST_HD __host__ __device__ __forceinline__
+#define KDFAST_UNROLL _Pragma("unroll")
 #else
 #define KDFAST_HD inline
+#define KDFAST_UNROLL
 #endif
 
 namespace kdfast {
@@ -41,6 +43,23 @@ KDFAST_HD float exp2_of(float x) {
 KDFAST_HD double exp2_of(double x) { return ::exp2(x); }
 KDFAST_HD float log2_of(float x) { return ::log2f(x); }
 KDFAST_HD double log2_of(double x) { return ::log2(x); }
+
+// A product rounded before it is used further: contracted into a multiply-add, the difference of two equal products
+// would not be zero.
+KDFAST_HD float rounded_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+KDFAST_HD double rounded_product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
 
 // The larger of the two; a NaN is passed over here, and found again in the sums.
 KDFAST_HD float larger(float a, float b) { return ::fmaxf(a, b); }

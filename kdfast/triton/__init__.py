@@ -3,35 +3,42 @@
 Importing this package needs neither triton nor a GPU; the kernels are imported by the first call on a CUDA tensor.
 """
 
+import importlib
 import importlib.util
 
 import torch
 
+MODULES = {"kd_kl": "kdfast.triton.kd_kl", "kd_kl_backward": "kdfast.triton.kd_kl"}  # op -> where its kernel stands
+registered: set[str] = set()  # the ops Triton runs on CUDA tensors
 
-def register() -> str:
-    """Makes Triton the CUDA kernel of every op that has no compiled one. Call it after the native library is loaded.
 
-    Returns:
-        "" if the Triton kernels were registered, else a sentence saying why they were not.
-    """
-    if torch._C._dispatch_has_kernel_for_dispatch_key("kdfast::kd_kl", "CUDA"):
-        return "a CUDA kernel is already registered."
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed; pip install triton."
+def register() -> None:
+    """Makes Triton the CUDA kernel of every op that has none yet. Call it once the compiled kernels are loaded."""
+    if not installed():
+        return
     from kdfast.ops.kd_kl import LIB
 
-    LIB.impl("kd_kl", _kd_kl, "CUDA")
-    LIB.impl("kd_kl_backward", _kd_kl_backward, "CUDA")
-    return ""
+    for name in MODULES:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast::{name}", "CUDA"):
+            LIB.impl(name, _launcher(name), "CUDA")
+            registered.add(name)
 
 
-def _kd_kl(*args):
-    from kdfast.triton.kd_kl import kd_kl
-
-    return kd_kl(*args)
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
-def _kd_kl_backward(*args):
-    from kdfast.triton.kd_kl import kd_kl_backward
+def status() -> str:
+    """What Triton does here, and why it does no more: one sentence."""
+    if not installed():
+        return "not installed; `pip install triton` for GPU kernels without nvcc"
+    if not registered:
+        return "installed, and not used: the compiled CUDA kernels come first"
+    return f"runs {', '.join(sorted(registered))} on CUDA tensors"
 
-    return kd_kl_backward(*args)
+
+def _launcher(name: str):
+    def launch(*args):
+        return getattr(importlib.import_module(MODULES[name]), name)(*args)
+
+    return launch

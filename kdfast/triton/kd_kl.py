@@ -104,7 +104,7 @@ def _put(stats, i, value, row, counts, exists):
     tl.store(stats + row * 8 + i, tl.where(counts, value, 0.0), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def forward_kernel(
     student, teacher,  # [rows, classes]
     temperature_s, temperature_t,  # [1] or [rows], or None
@@ -114,7 +114,7 @@ def forward_kernel(
     loss,  # [rows]
     stats,  # [rows, 8]
     rows, classes, temperature_s_stride, temperature_t_stride, labels_stride, weight_stride,
-    tau_s: tl.float64, tau_t: tl.float64, alpha: tl.float64, smoothing: tl.float64, ignore_index: tl.int64,
+    tau_s: tl.float64, tau_t: tl.float64, alpha: tl.float64, smoothing: tl.float64, ignore_index,
     DIVERGENCE: tl.constexpr, SCALE: tl.constexpr,
     SOFT: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr, TEMPERATURE_GRAD: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -122,9 +122,7 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     base = row * classes
-    counts, coefficient, label = _rows(
-        labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC
-    )
+    counts, coefficient, label = _rows(labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC)
     ts = _column(temperature_s, temperature_s_stride, row, exists, tau_s, ACC)
     tt = _column(temperature_t, temperature_t_stride, row, exists, tau_t, ACC)
     k_from, k_to = _from_to(1.0 / ts * LOG2E, 1.0 / tt * LOG2E, DIVERGENCE)
@@ -167,7 +165,7 @@ def forward_kernel(
     if SOFT:
         keep = _constant(1.0 - alpha, row, ACC)
         c, c_s, c_t = _scale(ts, tt, SCALE)
-        # One logarithm of a ratio rather than two logarithms: exact 0 for equal distributions.
+        # One logarithm of a ratio rather than two logarithms: digits for distributions that nearly agree.
         if DIVERGENCE == SOFT_CE:
             divergence = (cross / from_sum + tl.log2(to_sum)) * LN2
         else:
@@ -215,7 +213,7 @@ def forward_kernel(
     _put(stats, 7, by_tau_t, row, counts, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def backward_kernel(
     grad,  # [rows]
     student, teacher,  # [rows, classes]
@@ -226,16 +224,14 @@ def backward_kernel(
     stats,  # [rows, 8]
     student_grad, teacher_grad,  # [rows, classes], or None
     rows, classes, grad_stride, temperature_s_stride, temperature_t_stride, labels_stride, weight_stride,
-    tau_s: tl.float64, tau_t: tl.float64, alpha: tl.float64, smoothing: tl.float64, ignore_index: tl.int64,
+    tau_s: tl.float64, tau_t: tl.float64, alpha: tl.float64, smoothing: tl.float64, ignore_index,
     DIVERGENCE: tl.constexpr, SCALE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     base = row * classes
-    counts, coefficient, label = _rows(
-        labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC
-    )
+    counts, coefficient, label = _rows(labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC)
     ts = _column(temperature_s, temperature_s_stride, row, exists, tau_s, ACC)
     tt = _column(temperature_t, temperature_t_stride, row, exists, tau_t, ACC)
     factor = coefficient * tl.load(grad + row * grad_stride, mask=exists, other=0.0).to(ACC)

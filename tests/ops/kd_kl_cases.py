@@ -257,7 +257,8 @@ def masked_where_it_matters_is_infinite(forward, backward, device="cpu") -> None
     assert smoothed.isfinite().all()
 
 
-def equal_distributions_are_exactly_zero(forward, backward, device="cpu") -> None:
+def equal_distributions_are_zero_apart(forward, backward, device="cpu") -> None:
+    """Sums of differences, not differences of sums: what multiply-adds leave is a rounding of one class."""
     logits = make(Case("equal", 4, 300), device)[0]
     for divergence in (0, 1):
         tensors = (logits, logits.clone(), None, None, None, None, None)
@@ -265,7 +266,7 @@ def equal_distributions_are_exactly_zero(forward, backward, device="cpu") -> Non
             forward, backward, tensors, _options(2.0, 2.0, divergence=divergence), torch.ones(4).to(device)
         )
         for x in (loss, ds, dt):
-            assert (x == 0).all()
+            assert x.abs().max() < 4e-7
 
 
 def a_constant_added_to_a_row_changes_nothing(forward, backward, device="cpu") -> None:
@@ -343,7 +344,7 @@ EDGES = [
     bad_rows_stay_alone,
     hard_labels_alone_do_not_see_the_teacher,
     masked_where_it_matters_is_infinite,
-    equal_distributions_are_exactly_zero,
+    equal_distributions_are_zero_apart,
     a_constant_added_to_a_row_changes_nothing,
     extreme_logits_stay_finite,
     nothing_to_do,

@@ -1,0 +1,82 @@
+"""One table at the end of the run: each case with its rivals, and geometric means over the cases."""
+
+import math
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return git.stdout.strip() or "unknown"
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.clear()
+    machine_info.update(
+        processor=processor(), system=platform.platform(), python=platform.python_version(), torch=torch.__version__,
+        threads=torch.get_num_threads(), commit=commit(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )  # fmt: skip
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    commit_info["id"] = commit()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    if session is None or not session.benchmarks:
+        return
+    groups: dict[tuple, dict] = {}
+    for bench in session.benchmarks:
+        info = bench.extra_info
+        if "impl" in info:
+            key = (info["op"], info["case"], info["dtype"], info["device"])
+            groups.setdefault(key, {})[info["impl"]] = (statistics.median(bench.stats.data), info)
+    for op in sorted({key[0] for key in groups}):
+        table(terminalreporter, op, {key: group for key, group in groups.items() if key[0] == op})
+
+
+def table(reporter, op: str, groups: dict) -> None:
+    rivals = [name for name in dict.fromkeys(n for g in groups.values() for n in g) if name != "kdfast"]
+    reporter.section(f"{op}: medians of interleaved rounds, {torch.get_num_threads()} thread, torch {torch.__version__}")
+    head = f"{'case':>22} {'dtype':>9} {'device':>6} {'ms':>9} {'GB/s':>7} {'% copy':>7} {'x exp':>6}"
+    reporter.write_line(head + "".join(f"{'vs ' + name:>13}" for name in rivals))
+    ratios = {name: [] for name in rivals}
+    for (_, case, dtype, device), group in groups.items():
+        if "kdfast" not in group:
+            continue
+        ours, info = group["kdfast"]
+        line = f"{case:>22} {dtype:>9} {device:>6} {ours * 1e3:9.3f} {info['bytes'] / ours / 1e9:7.1f} "
+        line += f"{info['percent_of_copy']:6.0f}% {info['times_exp_pass']:6.2f}"
+        for name in rivals:
+            if name in group:
+                ratios[name].append(group[name][0] / ours)
+                line += f"{ratios[name][-1]:12.2f}x"
+            else:
+                line += f"{'':>13}"
+        reporter.write_line(line)
+    means = [f"{name} {math.exp(statistics.fmean(map(math.log, r))):.2f}x" for name, r in ratios.items() if r]
+    reporter.write_line(f"geometric means: {', '.join(means)}")
+    reporter.write_line("% copy: bytes of the op over its time, against a measured copy; x exp: its time over one bare")
+    reporter.write_line("vectorised exponential of each logit of both tensors (above one copy's speed: data in cache).")

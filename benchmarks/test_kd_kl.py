@@ -1,0 +1,68 @@
+"""kd_kl forward + backward against PyTorch eager and torch.compile.
+
+    pytest benchmarks --benchmark-only -k kd_kl
+
+Two uses: `KxC` the divergence alone (tau 4, batchmean), `KxC+labels` the whole Hinton loss with hard labels. A case's
+bytes are those of the fewest passes that can be: read student, read teacher, write the student's gradient.
+"""
+
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.interleave import enter, measure
+from benchmarks.roofline import copy_bandwidth, exponential_seconds
+from kdfast import kd_loss
+
+# (rows, classes, dtype): CIFAR and ImageNet batches, then language vocabularies
+SHAPES = [
+    (128, 10, torch.float32),
+    (128, 100, torch.float32),
+    (256, 1000, torch.float32),
+    (1024, 1000, torch.float32),
+    (4096, 1000, torch.float32),
+    (512, 32000, torch.float32),
+    (128, 128256, torch.float32),
+    (512, 32000, torch.bfloat16),
+]
+IMPLEMENTATIONS = ["kdfast", "eager", "compile"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"))]
+
+
+def eager(student, teacher, labels=None, tau=4.0):
+    soft = tau**2 * F.kl_div(F.log_softmax(student / tau, -1), F.softmax(teacher / tau, -1), reduction="batchmean")
+    return soft if labels is None else 0.5 * F.cross_entropy(student, labels) + 0.5 * soft
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("with_labels", [False, True], ids=["divergence", "labels"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}-{str(s[2])[6:]}")
+@pytest.mark.parametrize("device", DEVICES)
+def test_kd_kl(benchmark, device, shape, with_labels, implementation):
+    rows, classes, dtype = shape
+    key = (device, shape, with_labels)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(rows, classes, generator=generator).to(device, dtype) for _ in range(2))
+    student.requires_grad_()
+    labels = torch.randint(classes, (rows,), generator=generator).to(device) if with_labels else None
+
+    def step(loss):
+        def run():
+            student.grad = None
+            loss(student, teacher, labels).backward()
+
+        return run
+
+    runs = {"kdfast": step(kd_loss), "eager": step(eager), "compile": step(torch.compile(eager, dynamic=False))}
+    torch._dynamo.reset()
+    rounds = measure(key, runs, seconds=2.0, sync=device == "cuda")
+    bytes_moved = 3 * student.numel() * student.element_size()
+    median = statistics.median(rounds[implementation])
+    enter(
+        benchmark, rounds[implementation], op="kd_kl", case=f"{rows}x{classes}" + ("+labels" if with_labels else ""),
+        impl=implementation, dtype=str(dtype)[6:], device=device, threads=torch.get_num_threads(), bytes=bytes_moved,
+        percent_of_copy=100 * bytes_moved / copy_bandwidth(device) / median,
+        times_exp_pass=median / exponential_seconds(student.detach(), teacher),
+    )  # fmt: skip

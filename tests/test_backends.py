@@ -1,0 +1,29 @@
+"""`show_backends`: what runs on each device, and why another does not."""
+
+import torch
+
+import kdfast
+from kdfast import _native, backends
+
+
+def test_every_op_has_a_line():
+    lines = kdfast.show_backends().splitlines()
+    assert lines[0].split() == ["op", "cpu", "cuda"]
+    schemas = {s.name.removeprefix("kdfast::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("kdfast::")}
+    assert {line.split()[0] for line in lines[1 : lines.index("")]} == schemas
+
+
+def test_it_says_what_the_dispatcher_does(monkeypatch):
+    native = _native.has_kernel("kd_kl", "CPU")
+    assert ("C++ (" in kdfast.show_backends()) == native
+    monkeypatch.setattr(_native, "failure", "no compiler today")
+    assert "C++: not built: no compiler today" in kdfast.show_backends()
+
+
+def test_why_there_is_no_gpu_kernel(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert f"CUDA C++: not built: torch {torch.__version__} is a build without CUDA" in kdfast.show_backends()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(_native.build_info, "cuda_architectures", "")
+    assert "install the CUDA toolkit and reinstall kdfast" in kdfast.show_backends()
+    assert backends.OPS
