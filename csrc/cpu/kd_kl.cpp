@@ -11,6 +11,7 @@
 // Source: Hinton, Vinyals, Dean 2015, eq. 1-4; docs/math/kd_kl.md.
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -165,6 +166,20 @@ std::tuple<Tensor, Tensor> empty_loss_and_stats(const Tensor& student) {
   return {empty(student, {student.size(0)}, type), empty(student, {student.size(0), kStats}, type)};
 }
 
+// In a fixed order, whatever the number of threads.
+Tensor scaled_sum(const Tensor& losses, double coefficient) {
+  Tensor result = empty(losses, {}, losses.scalar_type());
+  const auto sum = [&]<class A>(const A* values, A* out) {
+    *out = static_cast<A>(coefficient * std::accumulate(values, values + losses.numel(), 0.0));
+  };
+  if (losses.scalar_type() == ScalarType::Double) {
+    sum(static_cast<const double*>(losses.data_ptr()), static_cast<double*>(result.data_ptr()));
+  } else {
+    sum(static_cast<const float*>(losses.data_ptr()), static_cast<float*>(result.data_ptr()));
+  }
+  return result;
+}
+
 Tensor empty_gradient(const Tensor& like) {
   Tensor gradient = torch::stable::empty_like(like);
   want_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
@@ -193,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_kl_value_and_grad(
   auto [loss, stats] = empty_loss_and_stats(student);
   run(in, {.loss = &loss, .stats = &stats, .student_grad = &student_grad, .coefficient = coefficient,
            .temperature_grad = temperature_grad});
-  return {loss, stats, student_grad};
+  return {scaled_sum(loss, coefficient), stats, student_grad};
 }
 
 // The statistics are the GPU's: with the row in cache, making them anew costs less than reading them back.

@@ -4,7 +4,8 @@ Three dispatcher ops, each with CPU (C++), CUDA (C++ or Triton) and reference ke
 
     kd_kl                 row losses and row statistics, one sweep            reads s, t
     kd_kl_backward        elementwise, given the statistics                   reads s, t; writes ds, dt
-    kd_kl_value_and_grad  both in one sweep, the row staying in cache (CPU)   reads s, t; writes ds
+    kd_kl_value_and_grad  coefficient * sum of the losses and its gradient,
+                          in one sweep, the row staying in cache (CPU)        reads s, t; writes ds
 """
 
 import torch
@@ -69,7 +70,7 @@ def _reference_value_and_grad(*args):
     loss, stats = torch.ops.kdfast.kd_kl(*inputs, temperature_grad)
     grad = torch.full_like(loss, coefficient)
     ds, _ = torch.ops.kdfast.kd_kl_backward(grad, *inputs[:7], stats, *inputs[7:], True, False)
-    return loss, stats, ds
+    return loss.sum() * coefficient, stats, ds
 
 
 LIB.impl("kd_kl", _reference_forward, "CompositeExplicitAutograd")
@@ -92,7 +93,8 @@ def _fake_backward(grad, student, teacher, *args):
 
 
 def _fake_value_and_grad(student, *args):
-    return *_fake_forward(student), student.new_empty(student.shape)
+    loss, stats = _fake_forward(student)
+    return loss.new_empty(()), stats, student.new_empty(student.shape)
 
 
 torch.library.register_fake("kdfast::kd_kl", _fake_forward, lib=LIB)
@@ -176,12 +178,9 @@ class KdKl(torch.autograd.Function):
         temperature_grad = tau_s is not None or tau_t is not None
         with torch._C._AutoDispatchBelowAutograd():  # straight to the kernel
             if grad_now:
-                loss, *rest = _VALUE_AND_GRAD(*tensors, *options, temperature_grad, coefficient)
-            else:
-                loss, *rest = _FORWARD(*tensors, *options, temperature_grad)
-            if coefficient is not None:
-                loss = loss.sum() if coefficient == 1.0 else loss.sum() * coefficient
-        return loss, *rest
+                return _VALUE_AND_GRAD(*tensors, *options, temperature_grad, coefficient)
+            loss, stats = _FORWARD(*tensors, *options, temperature_grad)
+        return (loss if coefficient is None else loss.sum() * coefficient), stats
 
     @staticmethod
     def setup_context(ctx, inputs, output):
