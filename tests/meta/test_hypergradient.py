@@ -129,3 +129,14 @@ def test_radius_follows_the_precision():
             default_radius("forward", p)
     with pytest.raises(ValueError, match=r"no accurate default displacement in float16; use radius="):
         default_radius("central", p.half())
+
+
+def test_compiled_student(tiny, double):
+    """The engine asks the network for first derivatives only, which is all that a compiled one has."""
+    distiller = tiny.distiller("temperatures")
+    train, validation = tiny.batch(), tiny.batch()
+    optimizer = SGD(distiller.inner_parameters(), lr=0.1)
+    exact = flat(exact_hypergradient(distiller, train, validation, optimizer))
+    distiller.student = torch.compile(distiller.student, backend="aot_eager", fullgraph=True)
+    meta_kd_step(distiller, train, validation, optimizer, SGD(distiller.meta_parameters(), lr=1.0))
+    assert_close(flat(p.grad for p in distiller.meta_parameters()), exact)

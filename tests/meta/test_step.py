@@ -142,7 +142,7 @@ def test_meta_step_lowers_the_validation_loss_after_the_same_step(head, commit, 
 @COMMITS
 @pytest.mark.parametrize("cause", ["zero", "nan", "unreached"])
 def test_update_is_skipped_and_the_student_still_steps(cause, commit, tiny):
-    distiller = tiny.distiller("connected")
+    distiller = tiny.distiller("connected", dropout=0.3)
     distiller.unused = torch.nn.Parameter(torch.ones(2))
     ordinary = copy.deepcopy(distiller)
     train, validation = tiny.batch(), tiny.batch()
@@ -157,12 +157,14 @@ def test_update_is_skipped_and_the_student_still_steps(cause, commit, tiny):
     meta_optimizer = AdamW(distiller.meta_parameters(), lr=0.1, weight_decay=0.5)
     torch.manual_seed(1)
     report = meta_kd_step(distiller, train, validation, optimizer, meta_optimizer, commit=commit)
+    random_state = torch.get_rng_state()
     torch.manual_seed(1)
     ordinary_step(ordinary, train, SGD(ordinary.inner_parameters(), lr=0.1))
     assert report.skipped
     assert report.meta_gradient_norm == 0
     assert torch.equal(distiller.phi, ordinary.phi)
     assert torch.equal(distiller.student.conv1.weight, ordinary.student.conv1.weight)
+    assert torch.equal(random_state, torch.get_rng_state())  # the validation pass has drawn, and no replay followed
 
 
 def test_update_is_skipped_where_the_displaced_head_overflows(tiny):
