@@ -1,4 +1,4 @@
-"""GPU kernels on a machine without a GPU: every variant compiles for every architecture, and keeps its registers.
+"""GPU kernels where there is no GPU: every variant compiles for every architecture, and keeps its registers.
 
 A kernel that spills registers to memory is right and slow, and nothing else in this suite would see it.
 """
@@ -22,10 +22,14 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def _nvcc(architecture: int) -> str:
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+    nvcc = shutil.which("nvcc") or shutil.which(
+        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
+    )
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout.split()
     if f"compute_{architecture}" not in known:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
     return nvcc
@@ -35,15 +39,17 @@ def _nvcc(architecture: int) -> str:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_cuda(source, architecture, tmp_path):
     command = [
-        _nvcc(architecture), "-c", str(source), "-o", str(tmp_path / "kernel.o"), "-O3", "-std=c++20", "-Xptxas=-v",
-        f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xcompiler=-fPIC",
+        _nvcc(architecture), "-c", str(source), "-o", str(tmp_path / "kernel.o"),
+        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+        "-O3", "-std=c++20", "-Xptxas=-v", "-Xcompiler=-fPIC",
         "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
         "-isystem", str(Path(torch.__file__).parent / "include"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = re.findall(
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+        r"Compiling entry function '(\S+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
         done.stderr,
         re.DOTALL,
     )
@@ -105,7 +111,10 @@ def test_triton(architecture, tmp_path, monkeypatch):
         file = tmp_path / "kernel.cubin"
         file.write_bytes(cubin)
         usage = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         stack, local = re.search(r"STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()
         if (stack, local) != ("0", "0"):

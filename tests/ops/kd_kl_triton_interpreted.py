@@ -1,10 +1,10 @@
-"""Triton's kd_kl under its interpreter. Collected only by test_kd_kl_triton.py, in a process of its own, because
+"""Triton's kd_kl under its interpreter. Collected only by test_kd_kl_triton.py, in a process of its own, as
 TRITON_INTERPRET has to be set before the kernels are imported."""
 
 import pytest
-from tests.ops.kd_kl_cases import CASES, EDGES, check
 
 from kdfast.triton.kd_kl import kd_kl, kd_kl_backward
+from tests.ops.kd_kl_cases import CASES, EDGES, check
 
 # numpy, which plays the GPU, warns of the infinities that masked classes and absent columns are made of.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

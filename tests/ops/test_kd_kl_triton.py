@@ -1,7 +1,7 @@
 """Triton's kd_kl against the definition, on a CPU under Triton's interpreter.
 
-The interpreter is chosen by TRITON_INTERPRET when the kernels are imported, and by then other tests may have imported
-them compiled: so kd_kl_triton_interpreted.py runs in a process of its own, in two parts for the sake of two workers.
+The interpreter is chosen by TRITON_INTERPRET when the kernels are imported, and other tests may have imported
+them compiled by then: so kd_kl_triton_interpreted.py has a process of its own, in two parts for two workers.
 """
 
 import importlib.metadata
@@ -32,7 +32,12 @@ def test_interpreted(part, tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     file = HERE / "kd_kl_triton_interpreted.py"
     done = subprocess.run(
-        [*command, str(file)], env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=240
+        [*command, str(file)],
+        env=environment,
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -40,10 +45,12 @@ def test_interpreted(part, tmp_path):
 def test_importing_the_package_imports_no_triton():
     """A CPU user pays nothing for the kernels that a GPU may want, and registering them is idempotent."""
     code = (
-        "import sys, kdfast, kdfast.triton as t; t.register(); t.register(); print(sorted(t.registered), t.status());"
-        "assert 'triton' not in sys.modules"
+        "import sys, kdfast, kdfast.triton as t; t.register(); t.register();"
+        "print(sorted(t.registered), t.status()); assert 'triton' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     if kdfast.triton.installed():
         assert "kd_kl" in done.stdout or "come first" in done.stdout
