@@ -1,9 +1,9 @@
 """Builds the native parts with CMake and Ninja; without a compiler installs pure Python and says so.
 
-    KDFAST_REQUIRE_NATIVE=1     a native build that fails stops the install (CI, wheels)
-    KDFAST_CUDA=AUTO|ON|OFF     CUDA kernels: where nvcc is and torch is a CUDA build (AUTO)
-    KDFAST_CUDA_ARCHITECTURES   e.g. "90": fewer architectures build faster
-    KDFAST_SANITIZE             e.g. "address,undefined"
+KDFAST_REQUIRE_NATIVE=1     a native build that fails stops the install (CI, wheels)
+KDFAST_CUDA=AUTO|ON|OFF     CUDA kernels: where nvcc is and torch is a CUDA build (AUTO)
+KDFAST_CUDA_ARCHITECTURES   e.g. "90": fewer architectures build faster
+KDFAST_SANITIZE             e.g. "address,undefined"
 """
 
 import os

@@ -24,7 +24,11 @@ def processor() -> str:
 
 def commit() -> str:
     git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return git.stdout.strip() or "unknown"
 
@@ -59,7 +63,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def table(reporter, op: str, groups: dict) -> None:
     rivals = [name for name in dict.fromkeys(n for g in groups.values() for n in g) if name != "kdfast"]
-    reporter.section(f"{op}: medians of interleaved rounds, {torch.get_num_threads()} thread, torch {torch.__version__}")
+    reporter.section(
+        f"{op}: medians of interleaved rounds, {torch.get_num_threads()} thread, torch {torch.__version__}"
+    )
     head = f"{'case':>22} {'dtype':>9} {'device':>6} {'ms':>9} {'GB/s':>7} {'% copy':>7} {'x exp':>6}"
     reporter.write_line(head + "".join(f"{'vs ' + name:>13}" for name in rivals))
     ratios = {name: [] for name in rivals}

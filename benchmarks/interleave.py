@@ -14,7 +14,9 @@ import torch
 _measured: dict[tuple, dict[str, list[float]]] = {}
 
 
-def measure(key: tuple, implementations: dict[str, Callable[[], None]], seconds: float, sync: bool) -> dict[str, list[float]]:
+def measure(
+    key: tuple, implementations: dict[str, Callable[[], None]], seconds: float, sync: bool
+) -> dict[str, list[float]]:
     """Seconds of every round by implementation: 7 rounds at least, as many as fit into `seconds` otherwise."""
     if key in _measured:
         return _measured[key]

@@ -45,10 +45,7 @@ def _cuda(name: str) -> str:
 def _reasons() -> list[str]:
     native = _native.build_info
     no_cuda = f"torch {torch.__version__} is a build without CUDA"
-    if _native.failure is not None:
-        cpu = f"not built: {_native.failure}"
-    else:
-        cpu = f"built with {native['compiler']}"
+    cpu = f"built with {native.get('compiler')}" if _native.failure is None else f"not built: {_native.failure}"
     if native.get("cuda_architectures"):
         cuda = f"built for sm_{native['cuda_architectures'].replace(';', ', sm_')}"
     elif torch.version.cuda is None:

@@ -85,6 +85,14 @@ def close(got, want, rtol=1e-9, atol=1e-11):
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
+# The same numbers, [rows, classes] or [rows], lying otherwise in memory.
+LAYOUTS = {
+    "columns first": lambda x: x.T.contiguous().T if x.dim() == 2 else x,
+    "every second column": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+    "rows of a wider tensor": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+}
+
+
 def leaves(tree):
     return torch.utils._pytree.tree_leaves(tree)
 
@@ -198,20 +206,15 @@ class Laws:
     def test_strides(self, variant, shape):
         tensors, kwargs = self.op.make(shape, torch.float32, variant)
         value, grads = gradients(self.op.call, tensors, kwargs)
-        layouts = {
-            "transposed": lambda x: x.t().contiguous().t() if x.dim() == 2 else x,
-            "every second column": lambda x: torch.stack([x, x + 1], -1)[..., 0] if x.dim() else x,
-            "rows of a wider tensor": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]] if x.dim() else x,
-        }
-        for name, layout in layouts.items():
-            strided = tuple(layout(t.detach()).requires_grad_() for t in tensors)
+        for name, layout in LAYOUTS.items():
+            strided = tuple((t.detach() if t.dim() == 0 else layout(t.detach())).requires_grad_() for t in tensors)
             got = gradients(self.op.call, strided, kwargs)
             for a, b in zip(leaves(got), leaves((value, grads)), strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
     def test_extremes(self, variant, extreme):
-        """Against fp64 truth of the very same numbers, in fp64 and fp32: finite where the definition is. `spread` is the
-        largest difference of two numbers in a row: a gradient in a temperature is a sum of terms of that size squared."""
+        """Against fp64 truth of the very same numbers, in fp64 and fp32: finite where the definition is. `spread` is
+        the largest difference in a row: a gradient in a temperature is a sum of terms of that size squared."""
         change, spread = self.op.extremes[extreme]
         for dtype, rtol, unit in ((torch.float64, 1e-9, 1e-14), (torch.float32, 2e-5, 2e-6)):
             atol = unit * max(spread, 10)

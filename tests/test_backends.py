@@ -9,7 +9,9 @@ from kdfast import _native, backends
 def test_every_op_has_a_line():
     lines = kdfast.show_backends().splitlines()
     assert lines[0].split() == ["op", "cpu", "cuda"]
-    schemas = {s.name.removeprefix("kdfast::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("kdfast::")}
+    schemas = {
+        s.name.removeprefix("kdfast::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("kdfast::")
+    }
     assert {line.split()[0] for line in lines[1 : lines.index("")]} == schemas
 
 

@@ -22,14 +22,10 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def _nvcc(architecture: int) -> str:
-    nvcc = shutil.which("nvcc") or shutil.which(
-        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")
-    )
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")
-    known = subprocess.run(
-        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
-    ).stdout.split()
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     if f"compute_{architecture}" not in known:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
     return nvcc

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     target = tmp_path_factory.mktemp("source") / "kdfast"
-    ignore = shutil.ignore_patterns(".git", ".venv", "build", "runs", "_C.*.so", "_build_failure.txt", "__pycache__", ".*_cache")
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", "build", "runs", "_C.*.so", "_build_failure.txt", "__pycache__", ".*_cache"
+    )
     return shutil.copytree(ROOT, target, ignore=ignore)
 
 

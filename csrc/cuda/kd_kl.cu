@@ -58,7 +58,8 @@ int power_of_two_from(int x) {
   return p;
 }
 
-// Runs `narrow` or `wide` over all rows. A wide row is cut over several blocks where `divisible` and rows are few.
+// Runs `narrow` or `wide` over all rows. Where `divisible` and rows are few, a wide row is cut over several
+// blocks.
 template <class T, class A>
 void launch(Call<T, A> call, void (*narrow)(Call<T, A>), void (*wide)(Call<T, A>), bool divisible,
             int32_t device) {
@@ -95,8 +96,9 @@ void dispatch(const Tensor& student, const F& f) {
 
 std::tuple<Tensor, Tensor> kd_kl_forward(
     Tensor student, Tensor teacher, OptionalTensor student_temperature, OptionalTensor teacher_temperature,
-    OptionalTensor labels, OptionalTensor target, OptionalTensor weight, double tau_s, double tau_t, double alpha,
-    double label_smoothing, int64_t ignore_index, int64_t divergence, int64_t scale, bool temperature_grad) {
+    OptionalTensor labels, OptionalTensor target, OptionalTensor weight, double tau_s, double tau_t,
+    double alpha, double label_smoothing, int64_t ignore_index, int64_t divergence, int64_t scale,
+    bool temperature_grad) {
   const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
                   tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
   const int64_t rows = student.size(0);
@@ -124,10 +126,11 @@ std::tuple<Tensor, Tensor> kd_kl_backward(
   const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
                   tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
   const int64_t rows = student.size(0), classes = student.size(1);
-  const auto like_student = [&](bool wanted) {
-    return wanted ? empty(student, {rows, classes}, student.scalar_type()) : empty(student, {0}, student.scalar_type());
+  const auto gradient = [&](bool wanted) {
+    const ScalarType type = student.scalar_type();
+    return wanted ? empty(student, {rows, classes}, type) : empty(student, {0}, type);
   };
-  Tensor ds = like_student(student_grad), dt = like_student(teacher_grad);
+  Tensor ds = gradient(student_grad), dt = gradient(teacher_grad);
   dispatch(student, [&](auto empty_call) {
     using C = decltype(empty_call);
     using T = typename C::Storage;
@@ -138,7 +141,8 @@ std::tuple<Tensor, Tensor> kd_kl_backward(
     call.student_grad = output<T>(ds, student_grad);
     call.teacher_grad = output<T>(dt, teacher_grad);
     const bool sums_first = call.options.hard && (call.target != nullptr || call.options.smoothing > A(0));
-    launch(call, backward<T, A, LaneGroup>, backward<T, A, BlockGroup>, !sums_first, student.get_device_index());
+    launch(call, backward<T, A, LaneGroup>, backward<T, A, BlockGroup>, !sums_first,
+           student.get_device_index());
   });
   return {ds, dt};
 }

@@ -2,14 +2,15 @@
 //
 //   loss = w [ (1 - alpha) c D + alpha CE ],   u = s / tau_s, q = softmax(u),   v = t / tau_t, p = softmax(v)
 //
-// Fused: three softmaxes, the divergence, the hard labels' cross-entropy and their gradients, with nothing of size
-// [rows, classes] kept but the inputs. Forward sweeps a row once (twice where a temperature wants its gradient, and
-// then mostly from cache) and keeps kStats numbers a row; backward is elementwise in them (with label smoothing or
-// target probabilities it first sums those over the row).
-// Memory for a row of C classes of b bytes: forward reads 2 C b, backward reads 2 C b and writes C b: 5 passes
-// over [rows, classes] at any C; 6 with the teacher's gradient, 3 for alpha = 1.
+// Fused: three softmaxes, the divergence, the hard labels' cross-entropy and their gradients, with nothing of
+// size [rows, classes] kept but the inputs. Forward sweeps a row once (twice where a temperature wants its
+// gradient, and then mostly from cache) and keeps kStats numbers a row; backward is elementwise in them (with
+// label smoothing or target probabilities it first sums those over the row).
+// Memory for a row of C classes of b bytes: forward reads 2 C b, backward reads 2 C b and writes C b, so 5
+// passes over [rows, classes] at any C; 6 with the teacher's gradient, 3 for alpha = 1.
 // Up to kNarrow classes a row is shared by 1 to 32 lanes; above, a block takes it, chunk by chunk.
-// Source: Hinton, Vinyals, Dean 2015 (arXiv:1503.02531); online sums as in Milakov, Gimelshein 2018 (arXiv:1805.02867).
+// Source: Hinton, Vinyals, Dean 2015 (arXiv:1503.02531); for the online sums Milakov, Gimelshein 2018
+// (arXiv:1805.02867).
 #pragma once
 
 #include <type_traits>
@@ -23,8 +24,8 @@ using namespace kdfast::kd_kl;
 
 constexpr int kNarrow = 1024;  // classes up to which lanes of a warp share a row
 
-// Threads a block at most (a power of two), and blocks a multiprocessor at least. In fp32 arithmetic both kinds of
-// kernel get 64 registers and so 1024 threads a multiprocessor; fp64 wants about 110 registers.
+// Threads a block at most (a power of two), blocks a multiprocessor at least. In fp32 arithmetic both kinds
+// of kernel get 64 registers and so 1024 threads a multiprocessor; fp64 wants about 110 registers.
 constexpr int kNarrowThreads = 128;
 template <class A>
 constexpr int kNarrowBlocks = sizeof(A) == 4 ? 8 : 1;
@@ -82,7 +83,8 @@ struct Row {
     per_tau_s = A(1) / tau_s, per_tau_t = A(1) / tau_t;
     from = (o.reverse ? call.student : call.teacher) + begin;
     to = (o.reverse ? call.teacher : call.student) + begin;
-    unit = {A(kLog2e) * (o.reverse ? per_tau_s : per_tau_t), A(kLog2e) * (o.reverse ? per_tau_t : per_tau_s), o.entropy};
+    const A k_s = A(kLog2e) * per_tau_s, k_t = A(kLog2e) * per_tau_t;
+    unit = {o.reverse ? k_s : k_t, o.reverse ? k_t : k_s, o.entropy};
   }
 
   __device__ A student_at(const Call<T, A>& call, int column) const {
@@ -140,7 +142,8 @@ __global__ void KDFAST_BOUNDS(A, Group) forward(const Call<T, A> call) {
   const A log2_z_from = log2_of(sums.from.sum), log2_z_to = log2_of(sums.to.sum);
   A by_tau_s = 0, by_tau_t = 0;
   if (o.soft && call.temperature_grad) {
-    const DivergenceGradient<A> gradient{row.unit, sums.from.max, sums.to.max, log2_z_from, log2_z_to, divergence};
+    const DivergenceGradient<A> gradient{row.unit,  sums.from.max, sums.to.max,
+                                         log2_z_from, log2_z_to,   divergence};
     TemperatureSums<A> inner;
     for (int chunk = group.lane; chunk < count; chunk += group.lanes) {
       const int first = chunks.first(chunk);
@@ -152,8 +155,9 @@ __global__ void KDFAST_BOUNDS(A, Group) forward(const Call<T, A> call) {
       t.from = sum_over(t.from, lanes), t.to = sum_over(t.to, lanes);
     });
     const A factor = row.coefficient * o.keep, unit = A(kLn2) * c.value;
-    by_tau_s = factor * (c.by_tau_s * divergence - unit * row.per_tau_s * (o.reverse ? inner.from : inner.to));
-    by_tau_t = factor * (c.by_tau_t * divergence - unit * row.per_tau_t * (o.reverse ? inner.to : inner.from));
+    const A inner_s = o.reverse ? inner.from : inner.to, inner_t = o.reverse ? inner.to : inner.from;
+    by_tau_s = factor * (c.by_tau_s * divergence - unit * row.per_tau_s * inner_s);
+    by_tau_t = factor * (c.by_tau_t * divergence - unit * row.per_tau_t * inner_t);
   }
 
   if (group.lane != 0 || index >= call.rows) return;
@@ -161,7 +165,8 @@ __global__ void KDFAST_BOUNDS(A, Group) forward(const Call<T, A> call) {
   A loss = 0;
   if (row.counts) {
     if (o.soft) {
-      out[kMaxS] = o.reverse ? sums.from.max : sums.to.max, out[kMaxT] = o.reverse ? sums.to.max : sums.from.max;
+      out[kMaxS] = o.reverse ? sums.from.max : sums.to.max;
+      out[kMaxT] = o.reverse ? sums.to.max : sums.from.max;
       out[kLogZU] = A(kLn2) * (o.reverse ? log2_z_from : log2_z_to);
       out[kLogZV] = A(kLn2) * (o.reverse ? log2_z_to : log2_z_from);
       out[kD] = divergence, out[kGradTauS] = by_tau_s, out[kGradTauT] = by_tau_t;

@@ -25,9 +25,9 @@ struct Column {
 };
 
 // ---------------------------------------------------------------- chunks
-// A chunk is 16 bytes of the logits. Chunks are cut at the 16-byte boundaries of memory, not of the row, so all but
-// the first and the last of a row are single loads whatever the row's length. Where a base pointer is itself not
-// aligned (a view into another tensor) every chunk is taken element by element.
+// A chunk is 16 bytes of the logits. Chunks are cut at the 16-byte boundaries of memory, not of the row, so
+// all but the first and the last of a row are single loads whatever the row's length. Where a base pointer is
+// itself not aligned (a view into another tensor) every chunk is taken element by element.
 template <class T>
 constexpr int kChunk = 16 / sizeof(T);
 
@@ -53,8 +53,8 @@ struct alignas(16) Vector {
 
 // The chunk from column `first` of a row; `fill` outside the row.
 template <class T>
-__device__ __forceinline__ Vector<T> load(const T* __restrict__ row, const Chunks<kChunk<T>>& chunks, int first,
-                                          T fill) {
+__device__ __forceinline__ Vector<T> load(const T* __restrict__ row, const Chunks<kChunk<T>>& chunks,
+                                          int first, T fill) {
   if (chunks.whole(first)) return *reinterpret_cast<const Vector<T>*>(row + first);
   Vector<T> v;
 #pragma unroll
@@ -66,9 +66,9 @@ template <class T>
 __device__ __forceinline__ void store(T* __restrict__ row, const Chunks<kChunk<T>>& chunks, int first,
                                       const Vector<T>& v) {
   if (chunks.whole(first)) {
-    uint4 bits;
+    uint4 bits;  // and __stwb, as nvcc 13.0 tears a plain store of 16 bytes to pieces here
     memcpy(&bits, &v, sizeof(bits));
-    __stwb(reinterpret_cast<uint4*>(row + first), bits);  // nvcc tears a plain store of 16 bytes to pieces here
+    __stwb(reinterpret_cast<uint4*>(row + first), bits);
   } else {
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) {
@@ -85,8 +85,8 @@ __device__ __forceinline__ void widen(const Vector<T>& v, A (&out)[kChunk<T>]) {
 
 // N elements of a row in the arithmetic type, beside a chunk of N logits in their storage type.
 template <class A, int N>
-__device__ __forceinline__ void load_beside(const A* __restrict__ row, const Chunks<N>& chunks, int first, A fill,
-                                            A (&out)[N]) {
+__device__ __forceinline__ void load_beside(const A* __restrict__ row, const Chunks<N>& chunks, int first,
+                                            A fill, A (&out)[N]) {
   if (chunks.whole(first)) {
 #pragma unroll
     for (int begin = 0; begin < N; begin += kChunk<A>) {
@@ -101,8 +101,8 @@ __device__ __forceinline__ void load_beside(const A* __restrict__ row, const Chu
 }
 
 // ---------------------------------------------------------------- groups
-// Reductions over 2^n neighbouring lanes; every lane of the warp must call them, whether it has a row or not, and
-// every lane gets the result, bit for bit the same.
+// Reductions over 2^n neighbouring lanes; every lane of the warp must call them, whether it has a row or not,
+// and every lane gets the result, bit for bit the same.
 template <class A>
 __device__ __forceinline__ A sum_over(A x, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kEveryLane, x, step);

@@ -1,12 +1,12 @@
 // kd_kl, row by row: the formulas of its CUDA kernels. Torch-free, host and device; A is float or double.
 //
-//   loss = w [ (1 - alpha) c D + alpha CE ],    u = s / tau_s, q = softmax(u),    v = t / tau_t, p = softmax(v)
+//   loss = w [ (1 - alpha) c D + alpha CE ],   u = s / tau_s, q = softmax(u),   v = t / tau_t, p = softmax(v)
 //   D = sum p (k log p - log q)    k = 1: forward_kl, k = 0: soft_ce; reverse_kl changes the roles of p and q
 //   c = tau_s^2 | tau_s tau_t | 1
 //
 // The distribution that weighs is called `from`, the other one `to`. With r = k log p - log q:
 //
-//   dD / d to logits = q - p          dD / d from logits = p (r - D)          dCE / ds = mass softmax(s) - target
+//   dD / d to logits = q - p       dD / d from logits = p (r - D)       dCE / ds = mass softmax(s) - target
 //
 // D and CE come from sums that one sweep over the row can keep (DivergenceSums, HardSums); given the row's
 // statistics the gradients are elementwise (DivergenceGradient, HardGradient). Distances from the row's
@@ -26,8 +26,9 @@ namespace kdfast::kd_kl {
 enum Divergence : int { kForwardKL = 0, kReverseKL = 1, kSoftCE = 2 };
 enum Scale : int { kTau2 = 0, kProduct = 1, kNone = 2 };
 
-// Columns of the statistics [rows, kStats]. 0, 2, 4 (student), 1, 3 (teacher) and 5 are written where the loss
-// needs them: 4 for alpha > 0; 1, 2, 3, 5 for alpha < 1; 6, 7 when asked. The others, and ignored rows, are 0.
+// Columns of the statistics [rows, kStats]. What the loss does not need is 0, and so is an ignored row:
+// kLogZ1 is for alpha > 0; kMaxT, kLogZU, kLogZV and kD for alpha < 1; the temperatures' gradients when
+// asked for.
 enum Stat : int { kMaxS, kMaxT, kLogZU, kLogZV, kLogZ1, kD, kGradTauS, kGradTauT, kStats };
 
 template <class A>
@@ -42,11 +43,12 @@ struct Options {
 };
 
 template <class A>
-Options<A> make_options(double tau_s, double tau_t, double alpha, double label_smoothing, int64_t ignore_index,
-                        int divergence, int scale) {
+Options<A> make_options(double tau_s, double tau_t, double alpha, double label_smoothing,
+                        int64_t ignore_index, int divergence, int scale) {
   const bool soft = alpha < 1;
   return {A(tau_s), A(tau_t), A(1 - alpha), A(alpha), A(1 - label_smoothing), A(label_smoothing),
-          A(divergence == kSoftCE ? 0 : 1), soft, alpha > 0, soft && divergence == kReverseKL, scale, ignore_index};
+          A(divergence == kSoftCE ? 0 : 1), soft, alpha > 0, soft && divergence == kReverseKL, scale,
+          ignore_index};
 }
 
 // c and its derivatives in the two temperatures.
@@ -117,7 +119,7 @@ struct HardSums {
   }
 
   template <int N>
-  KDFAST_HD void add(const A (&s)[N], const A (&target)[N]) {  // N logits; N target probabilities (0 for labels)
+  KDFAST_HD void add(const A (&s)[N], const A (&target)[N]) {  // N logits; N probabilities, 0 for labels
     A max = softmax.max;
     KDFAST_UNROLL
     for (int i = 0; i < N; ++i) max = larger(max, s[i]);
@@ -154,7 +156,8 @@ struct DivergenceGradient {
     A log2_p, log2_q, p, q;
   };
   KDFAST_HD Element at(A x, A y) const {  // a logit of from, of to
-    const A log2_p = (x - max_from) * unit.k_from - log2_z_from, log2_q = (y - max_to) * unit.k_to - log2_z_to;
+    const A log2_p = (x - max_from) * unit.k_from - log2_z_from;
+    const A log2_q = (y - max_to) * unit.k_to - log2_z_to;
     return {log2_p, log2_q, exp2_of(log2_p), exp2_of(log2_q)};
   }
   KDFAST_HD A by_to(const Element& e) const { return e.q - e.p; }
@@ -164,8 +167,8 @@ struct DivergenceGradient {
   }
 };
 
-// The temperatures' inner products <dD/du, u> and <dD/dv, v>. Both gradients sum to zero over the row, so u and v
-// may be measured from anywhere: log q and log p are small where u and v may not be.
+// The temperatures' inner products <dD/du, u> and <dD/dv, v>. Both gradients sum to zero over the row, so u
+// and v may be measured from anywhere: log q and log p are small where u and v may not be.
 template <class A>
 struct TemperatureSums {
   A from = 0, to = 0;

@@ -15,9 +15,12 @@
 
 #if defined(__CUDACC__)
 #define KDFAST_HD __host__ __device__ __forceinline__
-#define KDFAST_UNROLL _Pragma("unroll")
 #else
 #define KDFAST_HD inline
+#endif
+#if defined(__CUDA_ARCH__)
+#define KDFAST_UNROLL _Pragma("unroll")
+#else
 #define KDFAST_UNROLL
 #endif
 
@@ -44,8 +47,8 @@ KDFAST_HD double exp2_of(double x) { return ::exp2(x); }
 KDFAST_HD float log2_of(float x) { return ::log2f(x); }
 KDFAST_HD double log2_of(double x) { return ::log2(x); }
 
-// A product rounded before it is used further: contracted into a multiply-add, the difference of two equal products
-// would not be zero.
+// A product rounded before it is used further: contracted into a multiply-add, the difference of two equal
+// products would not be zero.
 KDFAST_HD float rounded_product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);

@@ -149,8 +149,8 @@ def _teacher(teacher: Tensor, indices: Tensor | None, ignore_index: int) -> None
         bad = bad & (indices.reshape(-1) != ignore_index)
     if bool(bad.any()):
         raise ValueError(
-            f"teacher_logits hold NaN (first in row {bad.nonzero()[0].item()}); check the teacher's weights, its inputs, "
-            "or its half-precision range."
+            f"teacher_logits hold NaN (first in row {bad.nonzero()[0].item()}); check the teacher's weights, its "
+            "inputs, or its half-precision range."
         )
 
 

@@ -102,9 +102,7 @@ def kd_loss(
         dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
         student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
     alpha = 0.0 if labels is None else float(alpha)
-    options = Options(
-        tau_s, tau_t, alpha, float(label_smoothing), ignore_index, DIVERGENCES[divergence], SCALES[scale]
-    )
+    options = Options(tau_s, tau_t, alpha, float(label_smoothing), ignore_index, DIVERGENCES[divergence], SCALES[scale])
 
     coefficient = None if reduction == "none" or learned_weight is not None else 1.0
     if reduction == "batchmean":

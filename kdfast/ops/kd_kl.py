@@ -12,18 +12,14 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._door import Form, eager_apply, form, in_transform
-from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, kd_kl_gradient, kd_kl_hvp
-from kdfast.reference.kd_kl import _Rows as _ReferenceRows
+from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, kd_kl_gradient, kd_kl_hvp, kd_kl_stats
 from kdfast.reference.kd_kl import kd_kl as reference_kd_kl
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor? student_temperature, Tensor? teacher_temperature, "
     "Tensor? labels, Tensor? target, Tensor? weight"
 )
-_OPTIONS = (
-    "float tau_s, float tau_t, float alpha, float label_smoothing, "
-    "int ignore_index, int divergence, int scale"
-)
+_OPTIONS = "float tau_s, float tau_t, float alpha, float label_smoothing, int ignore_index, int divergence, int scale"
 LIB = torch.library.Library("kdfast", "FRAGMENT")
 LIB.define(f"kd_kl({_INPUTS}, {_OPTIONS}, bool temperature_grad) -> (Tensor loss, Tensor stats)")
 LIB.define(
@@ -40,17 +36,7 @@ LIB.define(
 def _reference_forward(*args):
     *inputs, temperature_grad = args
     tensors, options = inputs[:7], Options(*inputs[7:])
-    loss = reference_kd_kl(*tensors, options)
-    stats = loss.new_zeros(loss.shape[0], STATS)
-    student, teacher, tau_s, tau_t, labels, _, weight = tensors
-    rows = _ReferenceRows(student, teacher, tau_s, tau_t, labels, weight, options)
-    stats[:, 0], stats[:, 1] = rows.s.amax(-1), rows.t.amax(-1)
-    for i, z in ((2, rows.u), (3, rows.v), (4, rows.s)):
-        stats[:, i] = (z - z.amax(-1, keepdim=True)).logsumexp(-1)
-    stats[:, 5] = rows.divergence().squeeze(-1)
-    if temperature_grad:
-        stats[:, 6:] = torch.stack(kd_kl_gradient(*tensors, options)[2:], -1)
-    return loss, stats
+    return reference_kd_kl(*tensors, options), kd_kl_stats(*tensors, options, temperature_grad)
 
 
 def _reference_backward(grad, *args):

@@ -44,6 +44,9 @@ class Options(NamedTuple):
     scale: int = SCALE_TAU2
 
 
+DEFAULTS = Options()
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 stays fp64; every narrower storage type is summed in fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -57,7 +60,7 @@ def kd_kl(
     labels: Tensor | None = None,  # [rows] int64
     target: Tensor | None = None,  # [rows, classes] probabilities
     weight: Tensor | None = None,  # [rows]
-    options: Options = Options(),
+    options: Options = DEFAULTS,
 ) -> Tensor:  # [rows]
     """The distillation loss of every row, in fp32 (fp64 for fp64 logits)."""
     x = _Rows(student, teacher, student_temperature, teacher_temperature, labels, weight, options)
@@ -89,6 +92,18 @@ def kd_kl_gradient(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x.coefficient is not None:
         ds, dt, dtau_s, dtau_t = (x.coefficient * g for g in (ds, dt, dtau_s, dtau_t))
     return ds, dt, dtau_s.squeeze(-1), dtau_t.squeeze(-1)
+
+
+def kd_kl_stats(*args) -> Tensor:  # [rows, STATS]
+    """The row statistics; the last argument says whether those for the temperatures are asked for."""
+    *arguments, temperature_grad = args
+    student, teacher, student_temperature, teacher_temperature, labels, _, weight, options = arguments
+    x = _Rows(student, teacher, student_temperature, teacher_temperature, labels, weight, options)
+    columns = [z.amax(-1, keepdim=True) for z in (student.to(x.dtype), teacher.to(x.dtype))]
+    columns += [(z - z.amax(-1, keepdim=True)).logsumexp(-1, keepdim=True) for z in (x.u, x.v, x.s)]
+    columns.append(x.divergence())
+    gradients = kd_kl_gradient(*arguments)[2:] if temperature_grad else [torch.zeros_like(x.s[:, 0])] * 2
+    return torch.cat([*columns, *(g.unsqueeze(-1) for g in gradients)], -1)
 
 
 def kd_kl_hvp(*args, direction: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -161,7 +176,7 @@ class _Rows:
         self.tau_s = options.tau_s if student_temperature is None else student_temperature.unsqueeze(-1)
         self.tau_t = options.tau_t if teacher_temperature is None else teacher_temperature.unsqueeze(-1)
         self.masked_s, self.masked_t = s == -torch.inf, t == -torch.inf
-        self.s, self.t = s, t
+        self.s = s
         self.u_finite = s.masked_fill(self.masked_s, 0) / self.tau_s
         self.v_finite = t.masked_fill(self.masked_t, 0) / self.tau_t
         self.u = self.u_finite.masked_fill(self.masked_s, -torch.inf)

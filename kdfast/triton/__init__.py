@@ -1,6 +1,6 @@
 """Triton kernels: what runs on a GPU where the compiled CUDA kernels are not built.
 
-Importing this package needs neither triton nor a GPU; the kernels are imported by the first call on a CUDA tensor.
+Importing this package needs neither triton nor a GPU; the first call on a CUDA tensor imports the kernels.
 """
 
 import importlib
@@ -8,12 +8,13 @@ import importlib.util
 
 import torch
 
-MODULES = {"kd_kl": "kdfast.triton.kd_kl", "kd_kl_backward": "kdfast.triton.kd_kl"}  # op -> where its kernel stands
+# op -> the module its kernel stands in
+MODULES = {"kd_kl": "kdfast.triton.kd_kl", "kd_kl_backward": "kdfast.triton.kd_kl"}
 registered: set[str] = set()  # the ops Triton runs on CUDA tensors
 
 
 def register() -> None:
-    """Makes Triton the CUDA kernel of every op that has none yet. Call it once the compiled kernels are loaded."""
+    """Makes Triton the CUDA kernel of every op that has none yet. Call it after loading the compiled ones."""
     if not installed():
         return
     from kdfast.ops.kd_kl import LIB

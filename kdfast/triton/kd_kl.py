@@ -2,14 +2,14 @@
 
     loss = weight * [ alpha * CE + (1 - alpha) * c * D ],   D = sum p (k log p - log q)
 
-The distribution that weighs is called `from` (p, the teacher; the student for reverse_kl), the other one `to` (q):
+The distribution that weighs is called `from` (p: the teacher; for reverse_kl the student), the other `to` (q)
 
     dD / d to logits = q - p      dD / d from logits = p (r - D),  r = k log p - log q
 
-Fused: three softmaxes, the divergence, the hard labels' cross-entropy and all gradients. Forward sweeps the row once
-in tiles of columns (twice where a temperature wants its gradient), with sums kept relative to the largest logit so
-far; backward is elementwise given the statistics. Memory for a row of C classes of b bytes: forward reads 2 C b,
-backward reads 2 C b and writes C b. Exponentials are to base 2 with log2(e) / tau folded in.
+Fused: three softmaxes, the divergence, the hard labels' cross-entropy and all gradients. Forward sweeps the
+row once in tiles of columns (twice where a temperature wants its gradient), with sums kept relative to the
+largest logit so far; backward is elementwise given the statistics. Memory for a row of C classes of b bytes:
+forward reads 2 C b, backward reads 2 C b and writes C b. Exponentials are to base 2, log2(e) / tau folded in.
 
 Everything is cast right after its load: 16-bit types are storage only.
 """
@@ -45,14 +45,14 @@ def _column(pointer, stride, row, exists, constant, ACC: tl.constexpr):
 
 
 @triton.jit
-def _rows(labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC: tl.constexpr):
+def _rows(labels, labels_stride, weight, weight_stride, row, exists, classes, ignored, ACC: tl.constexpr):
     """(does the row count, its coefficient, its label): NaN for a label out of range, 0 for none."""
     coefficient = _column(weight, weight_stride, row, exists, 1.0, ACC)
     counts = exists
     label = tl.zeros(row.shape, tl.int64)
     if labels is not None:
         label = tl.load(labels + row * labels_stride, mask=exists, other=0)
-        counts = exists & (label != ignore_index)
+        counts = exists & (label != ignored)
         coefficient = tl.where((label >= 0) & (label < classes), coefficient, float("nan"))
     return counts, coefficient, label
 
@@ -69,7 +69,7 @@ def _scale(tau_s, tau_t, SCALE: tl.constexpr):
 
 @triton.jit
 def _raise(old, tile_max, k):
-    """The maximum raised by a tile's: (new maximum, where to measure from, what it does to sums and distances)."""
+    """The maximum raised by a tile's: (new maximum, where to measure from, effect on sums, on distances)."""
     new = tl.maximum(old, tile_max)
     distance = tl.where(new > old, (new - old) * k, 0.0)
     factor = tl.exp2(-distance)
@@ -122,18 +122,21 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     base = row * classes
-    counts, coefficient, label = _rows(labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC)
+    counts, coefficient, label = _rows(
+        labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC
+    )
     ts = _column(temperature_s, temperature_s_stride, row, exists, tau_s, ACC)
     tt = _column(temperature_t, temperature_t_stride, row, exists, tau_t, ACC)
     k_from, k_to = _from_to(1.0 / ts * LOG2E, 1.0 / tt * LOG2E, DIVERGENCE)
 
     nothing = tl.zeros([ROWS], ACC)
     from_max, from_sum, to_max, to_sum, cross = nothing - INF, nothing, nothing - INF, nothing, nothing
-    one_max, one_sum, finite, finite_dot, mass, dot = nothing - INF, nothing, nothing, nothing, nothing, nothing
+    one_max, one_sum, finite, finite_dot = nothing - INF, nothing, nothing, nothing
+    mass, dot = nothing, nothing
     for begin in range(0, classes, COLS):
         column = begin + tl.arange(0, COLS)
         mask = counts[:, None] & (column < classes)[None, :]
-        s = _tile(student, base, column, mask, -INF, ACC)  # outside the row: masked classes, which add nothing
+        s = _tile(student, base, column, mask, -INF, ACC)  # outside the row: masked classes, adding nothing
         if SOFT:
             x, y = _from_to(s, _tile(teacher, base, column, mask, -INF, ACC), DIVERGENCE)
             weighs = from_sum
@@ -225,13 +228,16 @@ def backward_kernel(
     student_grad, teacher_grad,  # [rows, classes], or None
     rows, classes, grad_stride, temperature_s_stride, temperature_t_stride, labels_stride, weight_stride,
     tau_s: tl.float64, tau_t: tl.float64, alpha: tl.float64, smoothing: tl.float64, ignore_index,
-    DIVERGENCE: tl.constexpr, SCALE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SCALE: tl.constexpr,
+    SOFT: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     base = row * classes
-    counts, coefficient, label = _rows(labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC)
+    counts, coefficient, label = _rows(
+        labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC
+    )
     ts = _column(temperature_s, temperature_s_stride, row, exists, tau_s, ACC)
     tt = _column(temperature_t, temperature_t_stride, row, exists, tau_t, ACC)
     factor = coefficient * tl.load(grad + row * grad_stride, mask=exists, other=0.0).to(ACC)
@@ -288,7 +294,8 @@ def backward_kernel(
                 w = _tile(target, base, column, mask, 0.0, ACC)
             else:
                 w = (column[None, :] == label[:, None]).to(ACC)
-            hard = mass[:, None] * tl.exp2((s - max_s[:, None]) * LOG2E - log2_z[:, None]) - keep_hard[:, None] * w
+            probability = tl.exp2((s - max_s[:, None]) * LOG2E - log2_z[:, None])
+            hard = mass[:, None] * probability - keep_hard[:, None] * w
             if SMOOTH:
                 hard -= tl.where(s == -INF, 0.0, spread[:, None])
             ds += of_hard[:, None] * hard
@@ -303,14 +310,11 @@ def backward_kernel(
 
 
 def tile(classes: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program: several whole rows up to 1024 classes, then one row a few thousand
-    columns at a time, so that two tiles and their exponentials stay in registers."""
-    if classes <= 1024:
-        columns = max(16, triton.next_power_of_2(classes))
-        return max(1, 128 // columns), columns, 2 if columns <= 256 else 4  # the scalars of at most 2 rows a thread
+    """(rows, columns, warps) of a program: several whole rows of few classes, one row of more, of many 4096
+    columns (fp64: 2048) at a time. A thread holds 8 columns or the scalars of 2 rows: more spills."""
     widest = 2048 if dtype == torch.float64 else 4096
-    columns = min(triton.next_power_of_2(classes), widest)
-    return 1, columns, 4 if columns <= 2048 else 8
+    columns = min(max(16, triton.next_power_of_2(classes)), widest)
+    return max(1, 128 // columns), columns, max(2, columns // 256)
 
 
 def kd_kl(
@@ -331,12 +335,12 @@ def kd_kl(
     stats = loss.new_empty(rows, STATS)
     if rows == 0:
         return loss, stats
-    columns = (student_temperature, teacher_temperature, labels, weight)
+    strides = [_stride(x) for x in (student_temperature, teacher_temperature, labels, weight)]
     tile_rows, tile_columns, warps = tile(classes, student.dtype)
     with _device(student):
         forward_kernel[(triton.cdiv(rows, tile_rows),)](
             student, teacher, student_temperature, teacher_temperature, labels, target, weight, loss, stats,
-            rows, classes, *(_stride(x) for x in columns), o.tau_s, o.tau_t, o.alpha, o.label_smoothing, o.ignore_index,
+            rows, classes, *strides, o.tau_s, o.tau_t, o.alpha, o.label_smoothing, o.ignore_index,
             **_constants(o, loss.dtype), TEMPERATURE_GRAD=temperature_grad,
             ROWS=tile_rows, COLS=tile_columns, num_warps=warps,
         )  # fmt: skip
@@ -359,10 +363,11 @@ def kd_kl_backward(
     *options, wants_student, wants_teacher = options
     o = Options(*options)
     rows, classes = student.shape
-    ds, dt = (x.new_empty(x.shape if w else 0) for x, w in ((student, wants_student), (teacher, wants_teacher)))
+    ds = student.new_empty(student.shape if wants_student else 0)
+    dt = teacher.new_empty(teacher.shape if wants_teacher else 0)
     if rows == 0:
         return ds, dt
-    columns = (grad, student_temperature, teacher_temperature, labels, weight)
+    strides = [_stride(x) for x in (grad, student_temperature, teacher_temperature, labels, weight)]
     tile_rows, tile_columns, warps = tile(classes, student.dtype)
     constants = _constants(o, stats.dtype)
     sums_first = constants["HARD"] and (constants["SMOOTH"] or target is not None)
@@ -372,7 +377,7 @@ def kd_kl_backward(
         backward_kernel[(triton.cdiv(rows, tile_rows), parts)](
             grad, student, teacher, student_temperature, teacher_temperature, labels, target, weight, stats,
             ds if wants_student else None, dt if wants_teacher else None,
-            rows, classes, *(_stride(x) for x in columns), o.tau_s, o.tau_t, o.alpha, o.label_smoothing, o.ignore_index,
+            rows, classes, *strides, o.tau_s, o.tau_t, o.alpha, o.label_smoothing, o.ignore_index,
             **constants, ROWS=tile_rows, COLS=tile_columns, num_warps=warps,
         )  # fmt: skip
     return ds, dt

@@ -63,7 +63,7 @@ def test_shift_moves_by_at_most_its_pixels_and_fills_with_the_background():
 
 def test_shift_moves_all_channels_together():
     images = torch.randn(8, 1, 5, 6).expand(8, 3, 5, 6).contiguous()
-    (batch, _), = TensorLoader(ImageSet(images, torch.arange(8)), 8, seed=1, shift=2)
+    ((batch, _),) = TensorLoader(ImageSet(images, torch.arange(8)), 8, seed=1, shift=2)
     assert torch.equal(batch[:, 0], batch[:, 1]) and torch.equal(batch[:, 0], batch[:, 2])
     assert not torch.equal(batch.sort(0).values, images.sort(0).values)
 

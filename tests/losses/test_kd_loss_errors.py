@@ -27,7 +27,11 @@ CASES = {
         r"student_logits must be floating point logits, got torch\.int64; call \.float\(\) on them first\.",
         lambda: kd_loss(S.long(), T),
     ),
-    "not a tensor": (TypeError, r"teacher_logits must be a tensor \[\.\.\., classes\], got list\.", lambda: kd_loss(S, [1.0])),
+    "not a tensor": (
+        TypeError,
+        r"teacher_logits must be a tensor \[\.\.\., classes\], got list\.",
+        lambda: kd_loss(S, [1.0]),
+    ),
     "no classes": (
         ValueError,
         r"student_logits must be \[\.\.\., classes\] with at least one class, got \[4, 0\]\.",
@@ -53,7 +57,11 @@ CASES = {
         r"labels must be in \[0, 5\) or ignore_index \(-100\), got -1\.",
         lambda: kd_loss(S, T, LABELS - 1, reduction="none"),
     ),
-    "labels' shape": (ValueError, r"labels given as class indices must be \[4\], got \[3\]\.", lambda: kd_loss(S, T, LABELS[:3])),
+    "labels' shape": (
+        ValueError,
+        r"labels given as class indices must be \[4\], got \[3\]\.",
+        lambda: kd_loss(S, T, LABELS[:3]),
+    ),
     "probabilities' shape": (
         ValueError,
         r"labels given as probabilities must have the logits' shape \[4, 5\], got \[4\]\.",
@@ -120,10 +128,15 @@ CASES = {
         r"reduction must be one of 'none', 'sum', 'mean', 'batchmean', got 'avg'\.",
         lambda: kd_loss(S, T, reduction="avg"),
     ),
-    "weight": (ValueError, r"weight must hold one value a row \[4\], got \[5\]\.", lambda: kd_loss(S, T, weight=torch.ones(5))),
+    "weight": (
+        ValueError,
+        r"weight must hold one value a row \[4\], got \[5\]\.",
+        lambda: kd_loss(S, T, weight=torch.ones(5)),
+    ),
     "NaN teacher": (
         ValueError,
-        r"teacher_logits hold NaN \(first in row 2\); check the teacher's weights, its inputs, or its half-precision range\.",
+        r"teacher_logits hold NaN \(first in row 2\); check the teacher's weights, its inputs, or its half-precision "
+        r"range\.",
         lambda: kd_loss(S, nan_in_row_two()),
     ),
     "NaN teacher, row losses": (

@@ -48,9 +48,7 @@ def test_forward_with_features_compiles_whole_and_transforms():
     (logits, taps), (logits_dot, taps_dot) = torch.func.jvp(outputs, (parameters,), (directions,))
     torch.testing.assert_close((logits, taps), expected)
     step = 1e-3
-    ahead, behind = (
-        outputs({n: p + sign * step * directions[n] for n, p in parameters.items()}) for sign in (1, -1)
-    )
+    ahead, behind = (outputs({n: p + sign * step * directions[n] for n, p in parameters.items()}) for sign in (1, -1))
     difference = (ahead[0] - behind[0]) / (2 * step)
     torch.testing.assert_close(logits_dot, difference, rtol=0.05, atol=0.05 * float(difference.detach().abs().max()))
     assert all(t.abs().max() > 0 for t in taps_dot)

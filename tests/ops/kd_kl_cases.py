@@ -58,15 +58,11 @@ CASES = [
     Case("none_rows", 5, 20, _options(**UNSCALED, **REVERSE), temperatures="rows", hard="labels"),
     # Hard labels: shares, smoothing, probabilities, rows left out.
     Case("labels", 4, 50, _options(alpha=0.5), hard="labels", temperatures="one"),
-    Case(
-        "labels_reverse_smoothed", 4, 50, _options(alpha=0.3, label_smoothing=0.1, **REVERSE), hard="labels"
-    ),
+    Case("labels_reverse_smoothed", 4, 50, _options(alpha=0.3, label_smoothing=0.1, **REVERSE), hard="labels"),
     Case("labels_only", 4, 50, _options(alpha=1.0, label_smoothing=0.2), hard="labels", temperatures="rows"),
     Case("labels_unused", 4, 50, _options(alpha=0.0), hard="ignored"),
     Case("target", 4, 50, _options(alpha=0.5), hard="target", weight=True),
-    Case(
-        "target_smoothed_reverse", 4, 50, _options(alpha=0.7, label_smoothing=0.3, **REVERSE), hard="target"
-    ),
+    Case("target_smoothed_reverse", 4, 50, _options(alpha=0.7, label_smoothing=0.3, **REVERSE), hard="target"),
     Case("target_only", 4, 50, _options(alpha=1.0, **SOFT_CE), hard="target"),
     Case("all_smoothing", 4, 50, _options(alpha=0.5, label_smoothing=1.0), hard="labels", masked=True),
     Case("ignored", 6, 33, _options(alpha=0.5), hard="ignored", temperatures="rows", weight=True),
@@ -124,9 +120,7 @@ def make(case: Case, device="cpu") -> tuple:
     tau_s = tau_t = None
     if case.temperatures:
         size = rows if case.temperatures == "rows" else 1
-        tau_s, tau_t = (
-            0.5 + 4 * torch.rand(size, generator=generator, dtype=torch.float64) for _ in range(2)
-        )
+        tau_s, tau_t = (0.5 + 4 * torch.rand(size, generator=generator, dtype=torch.float64) for _ in range(2))
     target = 2 * torch.rand(rows, classes, generator=generator, dtype=torch.float64)
     target[target < 1] = 0  # zeros among them, and a mass that is not one
     target = (target / classes).masked_fill(student == -INF, 0)
@@ -144,9 +138,7 @@ def make(case: Case, device="cpu") -> tuple:
 
 def autograd(tensors: tuple, options: Options, grad: torch.Tensor, dtype: torch.dtype | None = None) -> list:
     """[loss, ds, dt, dtau_s, dtau_t] as PyTorch derives the definition, in `dtype` or the inputs' own."""
-    inputs = [
-        x if x is None or not x.is_floating_point() else x.detach().to(dtype or x.dtype) for x in tensors
-    ]
+    inputs = [x if x is None or not x.is_floating_point() else x.detach().to(dtype or x.dtype) for x in tensors]
     leaves = [x.requires_grad_() for x in inputs[:4] if x is not None]
     loss = definition(*inputs, options)
     grads = torch.autograd.grad(loss, leaves, grad.to(loss.dtype), allow_unused=True)
@@ -163,8 +155,7 @@ def run(forward, backward, tensors: tuple, options: Options, grad: torch.Tensor)
     if temperature_grad:
         by_tau = [grad * stats[:, 6 + i] for i in range(2)]
         by_tau = [
-            g if x.numel() == g.numel() else g.sum().reshape(1)
-            for g, x in zip(by_tau, tensors[2:4], strict=True)
+            g if x.numel() == g.numel() else g.sum().reshape(1) for g, x in zip(by_tau, tensors[2:4], strict=True)
         ]
     return [loss, ds, dt, *by_tau], stats
 
@@ -179,9 +170,7 @@ def check(case: Case, forward, backward, device="cpu", truncates: bool = False) 
     ours, stats = run(forward, backward, tensors, case.options, grad)
     # What a number is made of: a temperature's gradient is a sum that all but cancels, of dD/du * u.
     terms = [
-        None
-        if tau is None
-        else ((g * z.double().masked_fill(z == -INF, 0)).abs().sum(-1) / tau.double()).sum()
+        None if tau is None else ((g * z.double().masked_fill(z == -INF, 0)).abs().sum(-1) / tau.double()).sum()
         for g, z, tau in zip(truth[1:3], tensors[:2], tensors[2:4], strict=True)
     ]
     magnitudes = [x if x is None else x.abs().max() for x in truth[:3]] + terms
@@ -197,8 +186,8 @@ def compare(name: str, ours, truth, eager, magnitude: float, truncates: bool) ->
     """error <= 2 x eager's + a few roundings of what the number is made of, all in the largest element."""
     assert truth.isfinite().all(), f"{name}: a case must have a finite truth"
     error, bar = ((x.double() - truth).abs().max().item() for x in (ours, eager))
-    # PyTorch may be exact where we round: terms are up to the magnitude, made of probabilities up to one. In fp64
-    # the truth is PyTorch itself, and two ways to write one formula differ by a little more.
+    # PyTorch may be exact where we round: terms are up to the magnitude, made of probabilities up to one. In
+    # fp64 the truth is PyTorch itself, and two ways to write one formula differ by a little more.
     accumulate = accumulate_dtype(ours.dtype)
     rounding = torch.finfo(accumulate).eps if accumulate == torch.float32 else 1e-13
     floor = rounding * (16 * magnitude + 4)
@@ -234,9 +223,7 @@ def statistics(case: Case, stats: torch.Tensor, tensors: tuple) -> None:
 
 # ---------------------------------------------------------------- the edges, each a function of the kernels
 def ignored_rows_may_hold_anything(forward, backward, device="cpu") -> None:
-    case = Case(
-        "ignored", 4, 19, _options(alpha=0.5, label_smoothing=0.1), hard="labels", temperatures="rows"
-    )
+    case = Case("ignored", 4, 19, _options(alpha=0.5, label_smoothing=0.1), hard="labels", temperatures="rows")
     tensors = make(case, device)
     tensors[4][1:3] = case.options.ignore_index
     for x in (tensors[0][1], tensors[1][2]):
@@ -303,9 +290,7 @@ def a_constant_added_to_a_row_changes_nothing(forward, backward, device="cpu") -
     tensors = ((tensors[0] * 256).round() / 256, (tensors[1] * 256).round() / 256, *tensors[2:])
     grad = torch.ones(3).to(device)
     here, _ = run(forward, backward, tensors, case.options, grad)
-    there, _ = run(
-        forward, backward, (tensors[0] + 8192, tensors[1] - 8192, *tensors[2:]), case.options, grad
-    )
+    there, _ = run(forward, backward, (tensors[0] + 8192, tensors[1] - 8192, *tensors[2:]), case.options, grad)
     for x, y in zip(here, there, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
@@ -313,9 +298,7 @@ def a_constant_added_to_a_row_changes_nothing(forward, backward, device="cpu") -
 def extreme_logits_stay_finite(forward, backward, device="cpu") -> None:
     for scale in (1e4, 1e30):
         tensors = tuple(x * scale for x in make(Case("extreme", 4, 70), device)[:2])
-        ours, _ = run(
-            forward, backward, (*tensors, *(None,) * 5), _options(1.0, 1.0), torch.ones(4).to(device)
-        )
+        ours, _ = run(forward, backward, (*tensors, *(None,) * 5), _options(1.0, 1.0), torch.ones(4).to(device))
         for x in ours[:3]:
             assert x.isfinite().all()
         assert (ours[0] >= 0).all()

@@ -10,8 +10,8 @@ import torch
 from kdfast.ops import kd_kl as ops
 from kdfast.triton import kd_kl as kernels
 from tests.laws import Laws
-from tests.ops.test_kd_kl import TestKdKl as Compiled
 from tests.ops.test_kd_kl import VARIANTS
+from tests.ops.test_kd_kl import TestKdKl as Compiled
 
 # numpy, which plays the GPU, warns of the infinities that masked classes and absent columns are made of.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -48,9 +48,7 @@ def test_importing_the_package_imports_no_triton():
         "import sys, kdfast, kdfast.triton as t; t.register(); t.register();"
         "print(sorted(t.registered), t.status()); assert 'triton' not in sys.modules"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     if kdfast.triton.installed():
         assert "kd_kl" in done.stdout or "come first" in done.stdout

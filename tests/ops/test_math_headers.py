@@ -65,9 +65,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_rows(program, dtype, tolerance):
     cases = [(o, [x.to(dtype).double() for x in row]) for o in CALLS for row in _rows()]
     lines = []
@@ -86,10 +84,7 @@ def test_rows(program, dtype, tolerance):
         ]
         lines.append(" ".join(map(repr, [*numbers, o.label_smoothing, *torch.cat(row).tolist()])))
     done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
-    printed = [
-        torch.tensor([float(x) for x in line.split()], dtype=torch.float64)
-        for line in done.stdout.splitlines()
-    ]
+    printed = [torch.tensor([float(x) for x in line.split()], dtype=torch.float64) for line in done.stdout.splitlines()]
     for (o, row), ours in zip(cases, printed, strict=True):
         leaves = [x.unsqueeze(0).requires_grad_() for x in row[:2]]
         taus = [torch.tensor([tau], dtype=torch.float64, requires_grad=True) for tau in (o.tau_s, o.tau_t)]

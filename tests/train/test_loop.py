@@ -88,7 +88,11 @@ def test_scheduler_steps_once_a_step():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     rates = []
     fit(
-        distiller, batches(), optimizer, epochs=2, scheduler=scheduler,
+        distiller,
+        batches(),
+        optimizer,
+        epochs=2,
+        scheduler=scheduler,
         callback=lambda record: rates.append(optimizer.param_groups[0]["lr"]),
     )
     assert rates == [1 / (2 + step) for step in range(6)]
@@ -104,7 +108,12 @@ def test_meta_parameters_learn_on_validation_batches_that_start_anew():
     meta_optimizer = torch.optim.SGD(distiller.meta_parameters(), lr=0.5)
     weights = []
     fit(
-        distiller, batches(), sgd(distiller), epochs=2, validation_batches=validation, meta_optimizer=meta_optimizer,
+        distiller,
+        batches(),
+        sgd(distiller),
+        epochs=2,
+        validation_batches=validation,
+        meta_optimizer=meta_optimizer,
         callback=lambda record: weights.append(distiller.weight.item()),
     )
     assert len(set(weights)) == 6 and weights[-1] < 0.5
@@ -119,7 +128,11 @@ def test_meta_step_options_are_a_partial():
 
     distiller = Weighted(network(), nn.Linear(6, 3))
     fit(
-        distiller, batches(), sgd(distiller), epochs=1, validation_batches=batches(),
+        distiller,
+        batches(),
+        sgd(distiller),
+        epochs=1,
+        validation_batches=batches(),
         meta_optimizer=torch.optim.SGD(distiller.meta_parameters(), lr=0.1),
         meta_step=functools.partial(counted, tangent="central", commit="separate"),
     )
@@ -166,13 +179,9 @@ def test_misuse_is_one_sentence():
     with pytest.raises(ValueError, match="needs meta_optimizer beside the validation_batches it was given"):
         fit(distiller, batches(), sgd(distiller), epochs=1, validation_batches=batches())
     with pytest.raises(ValueError, match="validation_batches must yield at least one batch, got none"):
-        fit(
-            distiller, batches(), sgd(distiller), epochs=1, validation_batches=[], meta_optimizer=meta_optimizer
-        )
+        fit(distiller, batches(), sgd(distiller), epochs=1, validation_batches=[], meta_optimizer=meta_optimizer)
     with pytest.raises(ValueError, match="fit needs at least one batch an epoch, got none"):
         fit(distiller, [], sgd(distiller), epochs=1)
     plain = Plain(network())
     with pytest.raises(ValueError, match="Plain has no meta-parameters; leave out the meta_optimizer"):
-        fit(
-            plain, batches(), sgd(plain), epochs=1, validation_batches=batches(), meta_optimizer=meta_optimizer
-        )
+        fit(plain, batches(), sgd(plain), epochs=1, validation_batches=batches(), meta_optimizer=meta_optimizer)
