@@ -34,9 +34,18 @@ inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A new contiguous tensor on the device of another. By the C call: new_empty goes through the dispatcher boxed, which
+// at 128 x 10 was 4 of the 18 us of a kernel call.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  int64_t strides[4] = {1, 1, 1, 1};
+  const int64_t* size = sizes.begin();
+  for (int64_t i = static_cast<int64_t>(sizes.size()) - 2; i >= 0; --i) strides[i] = strides[i + 1] * size[i + 1];
+  const bool cpu = like.is_cpu();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), size, strides, static_cast<int32_t>(type),
+      cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(), cpu ? 0 : like.get_device(), &handle));
+  return Tensor(handle);
 }
 
 #if defined(USE_CUDA)

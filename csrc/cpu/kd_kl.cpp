@@ -181,7 +181,7 @@ Tensor scaled_sum(const Tensor& losses, double coefficient) {
 }
 
 Tensor empty_gradient(const Tensor& like) {
-  Tensor gradient = torch::stable::empty_like(like);
+  Tensor gradient = empty(like, {like.size(0), like.size(1)}, like.scalar_type());
   want_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
   return gradient;
 }

@@ -52,10 +52,10 @@ struct Sums {
 // cross = sum w (k log w - log other) up to the constants log z, w the weighing one of the two.
 template <bool Reverse, int Hard, class A>
 KDFAST_INLINE Sums exponentials(const A* s, const A* t, A* e_u, A* e_v, int64_t n, A max_s, A max_t,
-                                double tau_s, double tau_t, A k) {
+                                double inverse_s, double inverse_t, A k) {
   Sums sums;
-  const A per_s = static_cast<A>(1 / tau_s), per_t = static_cast<A>(1 / tau_t);
-  const ExpScale<A> scale_s(1 / tau_s), scale_t(1 / tau_t);
+  const A per_s = static_cast<A>(inverse_s), per_t = static_cast<A>(inverse_t);
+  const ExpScale<A> scale_s(inverse_s), scale_t(inverse_t);
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
     A z_u = 0, z_v = 0, z_1 = 0, cross = 0;
@@ -173,28 +173,30 @@ KDFAST_INLINE void row_as(const Row<A>& row, const Options& o, A* loss, A* stats
   const A *s = row.student, *t = row.teacher;
   const int64_t n = row.n;
   const double tau_s = row.tau_s, tau_t = row.tau_t, keep = 1 - o.alpha;
+  const double inverse_s = 1 / tau_s, inverse_t = 1 / tau_t;
   const double scale = o.scale == kTau2 ? tau_s * tau_s : o.scale == kProduct ? tau_s * tau_t : 1.0;
   const A k = o.divergence == kSoftCE ? A(0) : A(1);
   const A max_s = row_max(s, n), max_t = row_max(t, n);
-  const Sums sums = exponentials<Reverse, Hard>(s, t, row.e_u, row.e_v, n, max_s, max_t, tau_s, tau_t, k);
+  const Sums sums = exponentials<Reverse, Hard>(s, t, row.e_u, row.e_v, n, max_s, max_t, inverse_s, inverse_t, k);
+  const double inverse_zu = 1 / sums.z_u, inverse_zv = 1 / sums.z_v;
   const double log_zu = std::log(sums.z_u), log_zv = std::log(sums.z_v), log_z1 = std::log(sums.z_1);
-  const double d = Reverse ? sums.cross / sums.z_u - log_zu + log_zv : sums.cross / sums.z_v - k * log_zv + log_zu;
+  const double d = Reverse ? sums.cross * inverse_zu - log_zu + log_zv : sums.cross * inverse_zv - k * log_zv + log_zu;
   HardSums hard;
   if constexpr (Hard != kNoHard) hard = hard_target<A>(row, o.label_smoothing, max_s, nullptr, 0);
 
-  const A per_s = static_cast<A>(1 / tau_s), per_t = static_cast<A>(1 / tau_t);
+  const A per_s = static_cast<A>(inverse_s), per_t = static_cast<A>(inverse_t);
   // r - D of the weighing distribution, as a shift of k (x - max) / tau - (other - max) / tau
   const A shift = static_cast<A>(Reverse ? log_zv - log_zu - d : log_zu - k * log_zv - d);
   const auto plain = [&](A* out, double g) {  // (other - weighing) g: a for forward_kl, b for reverse_kl
     const double sign = Reverse ? -1 : 1;
-    student_gradient<kNoHard>(s, row.e_u, row.e_v, out, n, max_s, static_cast<A>(sign * g / sums.z_u),
-                              static_cast<A>(sign * g / sums.z_v), A(0));
+    student_gradient<kNoHard>(s, row.e_u, row.e_v, out, n, max_s, static_cast<A>(sign * g * inverse_zu),
+                              static_cast<A>(sign * g * inverse_zv), A(0));
   };
   const auto weighing = [&](A* out, double g) {  // weighing (r - D) g
     if (Reverse) {
-      weighing_gradient(s, row.e_u, t, out, n, max_s, max_t, per_s, per_t, k, shift, static_cast<A>(g / sums.z_u));
+      weighing_gradient(s, row.e_u, t, out, n, max_s, max_t, per_s, per_t, k, shift, static_cast<A>(g * inverse_zu));
     } else {
-      weighing_gradient(t, row.e_v, s, out, n, max_t, max_s, per_t, per_s, k, shift, static_cast<A>(g / sums.z_v));
+      weighing_gradient(t, row.e_v, s, out, n, max_t, max_s, per_t, per_s, k, shift, static_cast<A>(g * inverse_zv));
     }
   };
 
@@ -212,22 +214,22 @@ KDFAST_INLINE void row_as(const Row<A>& row, const Options& o, A* loss, A* stats
       const double a_s = centered_dot(row.spare, row.e_u, s, n, max_s);
       Reverse ? plain(row.spare, 1) : weighing(row.spare, 1);
       const double b_t = centered_dot(row.spare, row.e_v, t, n, max_t);
-      stats[6] = static_cast<A>(row.weight * keep * (scale_s * d - scale * a_s / (tau_s * tau_s)));
-      stats[7] = static_cast<A>(row.weight * keep * (scale_t * d - scale * b_t / (tau_t * tau_t)));
+      stats[6] = static_cast<A>(row.weight * keep * (scale_s * d - scale * a_s * inverse_s * inverse_s));
+      stats[7] = static_cast<A>(row.weight * keep * (scale_t * d - scale * b_t * inverse_t * inverse_t));
     }
   }
 
   const double g = row.weight * row.coefficient * keep * scale;
-  if (row.teacher_grad != nullptr) Reverse ? plain(row.teacher_grad, g / tau_t) : weighing(row.teacher_grad, g / tau_t);
+  if (row.teacher_grad != nullptr) Reverse ? plain(row.teacher_grad, g * inverse_t) : weighing(row.teacher_grad, g * inverse_t);
   if (row.student_grad == nullptr) return;
   const double g_1 = row.weight * row.coefficient * o.alpha;
   const A g_softmax = static_cast<A>(g_1 * hard.mass / sums.z_1);
   if (Reverse) {
-    weighing(row.student_grad, g / tau_s);
+    weighing(row.student_grad, g * inverse_s);
     if constexpr (Hard != kNoHard) add_softmax(s, row.student_grad, n, max_s, g_softmax);
   } else {
-    student_gradient<Hard>(s, row.e_u, row.e_v, row.student_grad, n, max_s, static_cast<A>(g / tau_s / sums.z_u),
-                           static_cast<A>(g / tau_s / sums.z_v), g_softmax);
+    student_gradient<Hard>(s, row.e_u, row.e_v, row.student_grad, n, max_s, static_cast<A>(g * inverse_s * inverse_zu),
+                           static_cast<A>(g * inverse_s * inverse_zv), g_softmax);
   }
   if constexpr (Hard != kNoHard) hard_target<A>(row, o.label_smoothing, max_s, row.student_grad, static_cast<A>(g_1));
 }
