@@ -59,7 +59,7 @@ def load_digits(train_per_class: int = 20, validation_per_class: int = 60) -> Di
         members = (labels == label).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)]
         cuts = (train_per_class, validation_per_class, len(members) - train_per_class - validation_per_class)
-        for part, chosen in zip(parts, members.split(cuts)):
+        for part, chosen in zip(parts, members.split(cuts), strict=True):
             part.append(chosen)
     train, validation, test = (torch.cat(part) for part in parts)
     mean, deviation = images[train].mean(), images[train].std()

@@ -51,9 +51,7 @@ class CifarResNet(nn.Module):
         [(2, 4, 8, 8), (2, 8, 4, 4), (2, 16, 2, 2)]
     """
 
-    def __init__(
-        self, depth: int, widths: Sequence[int] = (16, 32, 64), in_channels: int = 3, classes: int = 10
-    ):
+    def __init__(self, depth: int, widths: Sequence[int] = (16, 32, 64), in_channels: int = 3, classes: int = 10):
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6n+2 with n >= 1 (8, 14, 20, ...), got {depth}.")
@@ -63,7 +61,7 @@ class CifarResNet(nn.Module):
         self.conv = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(widths[0])
         stages, channels = [], widths[0]
-        for stride, width in zip((1, 2, 2), widths):
+        for stride, width in zip((1, 2, 2), widths, strict=True):
             blocks = []
             for i in range((depth - 2) // 6):
                 blocks.append(BasicBlock(channels, width, stride if i == 0 else 1))

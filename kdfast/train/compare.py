@@ -1,6 +1,5 @@
 """The comparison behind `kdfast compare`: one teacher, then one student a method and seed, all else equal."""
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,8 @@ from kdfast.data import DigitsSplit, ImageSet, TensorLoader, load_digits
 from kdfast.meta import Process
 from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
 from kdfast.models import CifarResNet
-from kdfast.train.loop import Batches, StepRecord, fit
+from kdfast.train.loop import Batches, StepRecord, fit, warmup_cosine
 
-DATA = ("digits",)
 TITLES = {"alone": "student alone", "kd": "KD", "mkd": "MKD", "distpro": "DistPro"}
 
 
@@ -22,33 +20,32 @@ TITLES = {"alone": "student alone", "kd": "KD", "mkd": "MKD", "distpro": "DistPr
 class Recipe:
     """Every number of a comparison. docs/demo.md says how the defaults were chosen: on the validation images."""
 
-    train_per_class: int = 20
+    train_per_class: int = 10
     validation_per_class: int = 60
-    teacher_shift: int = 1
-    shift: int = 1  # training images move by up to this many pixels
-    batch_size: int = 40
-    weight_decay: float = 1e-2
-    lr: float = 1e-2  # at the start; it falls to 0 along a cosine, step by step
+    batch_size: int = 50
+    weight_decay: float = 0.1  # AdamW's, which multiplies it by the learning rate
+    warmup: float = 0.1  # share of the steps in which the learning rate rises; then it falls to 0 along a cosine
     teacher_depth: int = 8
     teacher_widths: tuple[int, int, int] = (16, 32, 64)
-    teacher_epochs: int = 60
+    teacher_epochs: int = 150
+    teacher_lr: float = 0.04
+    teacher_shift: int = 1  # the teacher's images move by up to this many pixels; the students' stay
     student_depth: int = 8
     student_widths: tuple[int, int, int] = (4, 8, 8)
-    epochs: int = 60
-    opt: str = "sgd"
-    warmup: float = 0.1  # share of the steps over which the learning rate rises
-    mkd_alpha: float = 0.0
-    mkd_objective: str = "ce"
-    held_out: float = 0.2  # share of the training images on which meta-parameters are learned
+    epochs: int = 150
+    lr: float = 0.16
     kd_alpha: float = 0.1
     kd_temperature: float = 4.0
-    mkd_initial_temperature: float = 3.0
-    mkd_span: float = 4.0
-    mkd_lr: float = 1e-2  # of AdamW
-    distpro_scale: float = 1.0
+    mkd_initial_temperature: float = 4.0
+    mkd_span: float = 2.0
+    mkd_lr: float = 3e-3  # of AdamW
+    mkd_held_out: float = 0.1  # share of the training images on which the temperatures are learned
+    distpro_scale: float = 5.0
     distpro_clip: float = 0.5
-    distpro_search_epochs: int = 15
     distpro_lr: float = 0.05  # of Adam
+    distpro_held_out: float = 0.2  # share of the training images on which the weights are learned, in the search
+    distpro_search_epochs: int = 38
+    evaluate_every: int = 5  # epochs
 
     @property
     def epoch_steps(self) -> int:
@@ -78,16 +75,16 @@ class Run:
         steps: how many it took.
         step_ms: the median duration of a step.
         seconds: of all steps together, without data and evaluation.
-        accuracy: on the evaluation images, in [0, 1], after each epoch.
-        temperatures: (tau_s, tau_t) in each step, of the methods that have them.
+        accuracy: (steps done, share of the evaluation images that are right) at each evaluation.
+        temperatures: (tau_s, tau_t) after each step, of the methods that have them.
         process: the pathway weights in each step, of DistPro.
-        search: the training in which DistPro found them.
+        search: the training in which DistPro found them, which is not evaluated.
     """
 
     steps: int
     step_ms: float
     seconds: float
-    accuracy: list[float]
+    accuracy: list[tuple[int, float]]
     temperatures: list[tuple[float, float]] = field(default_factory=list)
     process: Process | None = None
     search: "Run | None" = None
@@ -126,8 +123,8 @@ def compare(
 ) -> Comparison:
     """Train a teacher on the digits, then a student by each method with each seed, all else equal.
 
-    Same images, student, initial weights, optimizer, schedule and number of steps. A seed gives the same result
-    again on the same machine, whichever other methods run.
+    Same training images, student, initial weights, optimizer, schedule and number of steps. A seed gives the same
+    result again on the same machine, whichever other methods run.
 
     Args:
         recipe: the numbers.
@@ -146,7 +143,8 @@ def compare(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds[0])
         teacher = bench.network(recipe.teacher_depth, recipe.teacher_widths)
-        teacher_run = bench.train("teacher", Alone(teacher), bench.loader(split.train, seeds[0], recipe.teacher_shift), recipe.teacher_epochs)
+        batches = bench.loader(split.train, seeds[0], recipe.teacher_shift)
+        teacher_run = bench.train("teacher", Alone(teacher), batches, recipe.teacher_epochs, recipe.teacher_lr)
         on_run("teacher", teacher_run)
         runs: dict[str, list[Run]] = {name: [] for name in methods}
         for seed in seeds:
@@ -154,7 +152,7 @@ def compare(
                 run = getattr(bench, name)(teacher, seed)
                 on_run(_training(name, seed), run)
                 runs[name].append(run)
-    networks = {"teacher": teacher, "student": bench.student(seeds[0])}
+        networks = {"teacher": teacher, "student": bench.student(seeds[0])}
     return Comparison(
         recipe=recipe,
         data="digits",
@@ -165,18 +163,6 @@ def compare(
         parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
         runs=runs,
     )
-
-
-def _schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate rises in a line over the first share of the steps, then falls to 0 along a cosine."""
-    rising = warmup * steps
-
-    def factor(step: int) -> float:
-        if step + 1 < rising:
-            return (step + 1) / rising
-        return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / (steps - rising))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _training(method: str, seed: int) -> str:
@@ -199,13 +185,13 @@ class _Bench:
         torch.manual_seed(seed)
         return self.network(self.recipe.student_depth, self.recipe.student_widths)
 
-    def loader(self, data: ImageSet, seed: int, shift=None) -> TensorLoader:
+    def loader(self, data: ImageSet, seed: int, shift: int = 0) -> TensorLoader:
         return TensorLoader(
             data,
             min(self.recipe.batch_size, len(data.labels)),
             seed=seed,
             batches=self.recipe.epoch_steps,  # also of a part of the images, so that all trainings have equal steps
-            shift=self.recipe.shift if shift is None else shift,
+            shift=shift,
             background=self.split.background,
         )
 
@@ -215,11 +201,13 @@ class _Bench:
         distiller: Distiller,
         batches: Batches,
         epochs: int,
+        lr: float,
         after_step: Callable[[StepRecord], None] = lambda record: None,
-        **meta,
+        **options,
     ) -> Run:
+        """Train with the recipe's optimizer and schedule, and `fit`'s other `options`."""
         recipe = self.recipe
-        optimizer = torch.optim.AdamW(distiller.inner_parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay) if recipe.opt=="adamw" else torch.optim.SGD(distiller.inner_parameters(), lr=recipe.lr, momentum=.9, nesterov=True, weight_decay=5e-4)
+        optimizer = torch.optim.AdamW(distiller.inner_parameters(), lr=lr, weight_decay=recipe.weight_decay)
 
         def callback(record: StepRecord) -> None:
             after_step(record)
@@ -230,43 +218,45 @@ class _Bench:
             batches,
             optimizer,
             epochs=epochs,
-            scheduler=_schedule(optimizer, epochs * recipe.epoch_steps, recipe.warmup),
-            evaluation=self.evaluation,
+            scheduler=warmup_cosine(optimizer, epochs * recipe.epoch_steps, recipe.warmup),
             callback=callback,
-            **meta,
+            **{"evaluation": self.evaluation, "evaluate_every": recipe.evaluate_every, **options},
         )
         seconds = [record.seconds for record in history.steps]
         return Run(len(seconds), 1e3 * statistics.median(seconds), sum(seconds), history.accuracy)
 
     def alone(self, teacher: CifarResNet, seed: int) -> Run:
         batches = self.loader(self.split.train, seed)
-        return self.train(_training("alone", seed), Alone(self.student(seed)), batches, self.recipe.epochs)
+        distiller = Alone(self.student(seed))
+        return self.train(_training("alone", seed), distiller, batches, self.recipe.epochs, self.recipe.lr)
 
     def kd(self, teacher: CifarResNet, seed: int) -> Run:
         recipe = self.recipe
         distiller = KD(self.student(seed), teacher, alpha=recipe.kd_alpha, temperature=recipe.kd_temperature)
-        run = self.train(_training("kd", seed), distiller, self.loader(self.split.train, seed), recipe.epochs)
+        batches = self.loader(self.split.train, seed)
+        run = self.train(_training("kd", seed), distiller, batches, recipe.epochs, recipe.lr)
         return replace(run, temperatures=[(recipe.kd_temperature, recipe.kd_temperature)] * run.steps)
 
     def mkd(self, teacher: CifarResNet, seed: int) -> Run:
-        """The temperatures are learned on a held-out part of the training images, as the paper does."""
+        """The student learns on one part of the training images, the temperatures on the other."""
         recipe = self.recipe
         distiller = MKD(
-            self.student(seed), teacher, initial_temperature=recipe.mkd_initial_temperature, span=recipe.mkd_span, alpha=recipe.mkd_alpha, meta_objective=recipe.mkd_objective
+            self.student(seed), teacher, initial_temperature=recipe.mkd_initial_temperature, span=recipe.mkd_span
         )
+        temperatures = []
 
-        def current() -> tuple[float, float]:
-            tau_s, tau_t = (tau.item() for tau in distiller.temperatures())
-            return tau_s, tau_t
+        def record_temperatures(record: StepRecord) -> None:
+            tau_s, tau_t = distiller.temperatures()
+            temperatures.append((tau_s.item(), tau_t.item()))
 
-        kept, held = self.split.train.split(recipe.held_out, seed)
-        temperatures = [current()]
+        kept, held = self.split.train.split(recipe.mkd_held_out, seed)
         run = self.train(
             _training("mkd", seed),
             distiller,
             self.loader(kept, seed),
             recipe.epochs,
-            lambda record: temperatures.append(current()),
+            recipe.lr,
+            record_temperatures,
             validation_batches=self.loader(held, seed),
             meta_optimizer=torch.optim.AdamW(distiller.meta_parameters(), lr=recipe.mkd_lr),
         )
@@ -278,31 +268,40 @@ class _Bench:
         path = self.folder / f"process-seed{seed}.safetensors"
         search = self.search(teacher, seed, path)
         process = Process.load(path).resample(recipe.epochs * recipe.epoch_steps)
-        distiller = DistPro(self.student(seed), teacher, scale=recipe.distpro_scale, clip=recipe.distpro_clip)
+        distiller = self.distpro_of(teacher, seed)
         distiller.follow(process)
         run = self.train(
             _training("distpro", seed),
             distiller,
             self.loader(self.split.train, seed),
             recipe.epochs,
+            recipe.lr,
             lambda record: distiller.set_step(min(record.step + 1, len(process) - 1)),
         )
         return replace(run, process=process, search=search)
 
     def search(self, teacher: CifarResNet, seed: int, path: Path) -> Run:
         recipe = self.recipe
-        distiller = DistPro(self.student(seed), teacher, scale=recipe.distpro_scale, clip=recipe.distpro_clip)
-        kept, held = self.split.train.split(recipe.held_out, seed)
+        distiller = self.distpro_of(teacher, seed)
         process = Process(distiller.pathways)
-        process.record(distiller.weights(), distiller.weights.raw)
+
+        def record_weights(record: StepRecord) -> None:
+            process.record(distiller.weights(), distiller.weights.raw)
+
+        kept, held = self.split.train.split(recipe.distpro_held_out, seed)
         run = self.train(
             _training("distpro", seed) + " (search)",
             distiller,
             self.loader(kept, seed),
             recipe.distpro_search_epochs,
-            lambda record: process.record(distiller.weights(), distiller.weights.raw),
+            recipe.lr,
+            record_weights,
             validation_batches=self.loader(held, seed),
             meta_optimizer=torch.optim.Adam(distiller.meta_parameters(), lr=recipe.distpro_lr, betas=(0.5, 0.999)),
+            evaluation=None,
         )
         process.save(path)
         return run
+
+    def distpro_of(self, teacher: CifarResNet, seed: int) -> DistPro:
+        return DistPro(self.student(seed), teacher, scale=self.recipe.distpro_scale, clip=self.recipe.distpro_clip)

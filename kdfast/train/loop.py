@@ -1,11 +1,13 @@
 """The training loop: one distiller, batches from memory, an optimizer; everything else is the caller's."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from kdfast.meta import meta_kd_step
 from kdfast.methods.base import Distiller
@@ -31,10 +33,15 @@ class StepRecord:
 
 @dataclass
 class History:
-    """What a training went through: a record a step, and an accuracy an epoch if there was an evaluation set."""
+    """What a training went through.
+
+    Attributes:
+        steps: a record each.
+        accuracy: (steps done, share of the evaluation set that is right) at each evaluation.
+    """
 
     steps: list[StepRecord] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
+    accuracy: list[tuple[int, float]] = field(default_factory=list)
 
 
 def fit(
@@ -43,11 +50,12 @@ def fit(
     optimizer: torch.optim.Optimizer,
     *,
     epochs: int,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    scheduler: LRScheduler | None = None,
     validation_batches: Batches | None = None,
     meta_optimizer: torch.optim.Optimizer | None = None,
     meta_step: Callable = meta_kd_step,
     evaluation: tuple[Tensor, Tensor] | None = None,
+    evaluate_every: int = 1,
     callback: Callable[[StepRecord], None] | None = None,
 ) -> History:
     """Train the student of `distiller`, and its meta-parameters where a meta-optimizer is given.
@@ -61,12 +69,12 @@ def fit(
         validation_batches: what the meta-parameters are learned on, a batch a step; started anew whenever they end.
         meta_optimizer: of `distiller.meta_parameters()`.
         meta_step: `kdfast.meta_kd_step`, or a partial of it with other options.
-        evaluation: inputs ``[count, ...]`` and class indices ``[count]`` on which the accuracy is measured after
-            each epoch.
+        evaluation: inputs ``[count, ...]`` and class indices ``[count]`` on which the accuracy is measured.
+        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
         callback: called after every step, to show progress or to record what the method learns.
 
     Returns:
-        The record of each step and the accuracy after each epoch.
+        The record of each step and the accuracies.
 
     Raises:
         ValueError: when only one of `validation_batches` and `meta_optimizer` is given, when they are given for a
@@ -75,8 +83,7 @@ def fit(
     Example:
         >>> optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.1, momentum=0.9)
         >>> history = fit(distiller, loader, optimizer, epochs=10, evaluation=test)
-        >>> history.accuracy[-1]
-        0.95
+        >>> steps, accuracy = history.accuracy[-1]
     """
     learns = meta_optimizer is not None
     if learns != (validation_batches is not None):
@@ -104,8 +111,8 @@ def fit(
                 callback(record)
         if not history.steps:
             raise ValueError("fit needs at least one batch an epoch, got none.")
-        if evaluation is not None:
-            history.accuracy.append(accuracy(distiller, *evaluation))
+        if evaluation is not None and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == epochs):
+            history.accuracy.append((len(history.steps), accuracy(distiller, *evaluation)))
     return history
 
 
@@ -125,6 +132,25 @@ def ordinary_step(
     return loss.detach()
 
 
+def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.0) -> LRScheduler:
+    """A schedule stepped after each step: the learning rate rises in a line, then falls to 0 along a cosine.
+
+    Args:
+        steps: of the whole training.
+        warmup: share of the steps in which it rises, in [0, 1).
+
+    Source: the cosine is Loshchilov and Hutter's, "SGDR", ICLR 2017 (arXiv:1608.03983), without restarts.
+    """
+    rising = warmup * steps
+
+    def factor(step: int) -> float:
+        if step + 1 < rising:
+            return (step + 1) / rising
+        return 0.5 + 0.5 * math.cos(math.pi * max(step - rising, 0) / (steps - rising))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 @torch.no_grad()
 def accuracy(
     distiller: Distiller,
@@ -136,7 +162,7 @@ def accuracy(
     training = distiller.training
     distiller.eval()
     right = 0
-    for x, y in zip(inputs.split(batch_size), targets.split(batch_size)):
+    for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
         logits = distiller.logits(distiller.student_outputs(x))  # [batch, classes]
         right += int((logits.argmax(1) == y).sum())
     distiller.train(training)

@@ -25,7 +25,7 @@ def test_split_never_changes():
     first = load_digits()
     torch.manual_seed(7)  # the global generator has no part in it
     second = load_digits()
-    assert all(torch.equal(a.images, b.images) for a, b in zip(first[:3], second[:3]))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first[:3], second[:3], strict=True))
     # Pinned: a scikit-learn or torch that shuffled otherwise would silently move every published number.
     ink = [part.images[:50] - first.background for part in first[:3]]
     assert [int((16 * i / i.max()).round().sum()) for i in ink] == [15690, 15952, 15894]  # raw pixels are 0..16

@@ -44,7 +44,7 @@ def test_shift_moves_by_at_most_its_pixels_and_fills_with_the_background():
     seen = set()
     for images, labels in TensorLoader(data, 50, seed=0, shift=1, background=-5.0):
         assert images.is_contiguous() and images.shape == (50, 1, 4, 4)
-        for image, original in zip(images[:, 0], data.images[labels][:, 0]):
+        for image, original in zip(images[:, 0], data.images[labels][:, 0], strict=True):
             # Every way of moving the original by up to one pixel; exactly one of them is the image.
             moved = {}
             for down in (-1, 0, 1):

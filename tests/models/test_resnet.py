@@ -6,7 +6,7 @@ from kdfast.models import CifarResNet
 
 
 @pytest.mark.parametrize(
-    "depth, parameters",
+    ("depth", "parameters"),
     # Known sizes of the option-B (projected shortcut) networks: the paper's option A has 269,722 and 853,018;
     # the two projections add 16*32 + 32*64 weights and 2*(32 + 64) BatchNorm values.
     [(20, 269_722 + 2752), (56, 853_018 + 2752)],

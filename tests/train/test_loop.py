@@ -6,7 +6,7 @@ from torch import nn
 
 from kdfast.meta import meta_kd_step
 from kdfast.methods.base import Distiller
-from kdfast.train.loop import StepRecord, accuracy, fit, ordinary_step
+from kdfast.train.loop import StepRecord, accuracy, fit, ordinary_step, warmup_cosine
 
 
 class Plain(Distiller):
@@ -43,7 +43,7 @@ def problem(count=48):
 
 def batches(count=48, size=16):
     inputs, targets = problem(count)
-    return list(zip(inputs.split(size), targets.split(size)))
+    return list(zip(inputs.split(size), targets.split(size), strict=True))
 
 
 def sgd(distiller, lr=0.1):
@@ -55,7 +55,7 @@ def test_learns_and_records_every_step_and_epoch():
     distiller = Plain(network())
     seen = []
     history = fit(distiller, batches(), sgd(distiller), epochs=8, evaluation=problem(), callback=seen.append)
-    assert history.accuracy[-1] > 0.9 and len(history.accuracy) == 8
+    assert history.accuracy[-1][1] > 0.9 and [steps for steps, _ in history.accuracy] == list(range(3, 25, 3))
     assert seen == history.steps and len(seen) == 8 * 3
     assert [(r.step, r.epoch) for r in seen[:4]] == [(0, 0), (1, 0), (2, 0), (3, 1)]
     assert seen[-1].loss < 0.5 * seen[0].loss
@@ -80,6 +80,28 @@ def test_steps_are_the_ordinary_ones_and_evaluation_leaves_no_trace():
             optimizer.step()
     for name, value in student.state_dict().items():
         assert torch.equal(value, results[0][f"student.{name}"]) and torch.equal(value, results[1][f"student.{name}"])
+
+
+def test_evaluates_every_few_epochs_and_after_the_last():
+    distiller = Plain(network())
+    history = fit(distiller, batches(), sgd(distiller), epochs=5, evaluation=problem(), evaluate_every=2)
+    assert [steps for steps, _ in history.accuracy] == [6, 12, 15]
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_warmup_cosine_rises_in_a_line_and_falls_to_zero(warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = warmup_cosine(optimizer, 40, warmup)
+    rates = []
+    for _ in range(41):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    rising = round(40 * warmup)
+    assert rates[:rising] == pytest.approx([2.0 * (i + 1) / rising for i in range(rising)])
+    assert max(rates) == 2.0 and rates[40] == pytest.approx(0, abs=1e-12)
+    assert rates[(40 + rising) // 2] == pytest.approx(1.0)  # half way down the cosine
+    assert rates[rising:] == sorted(rates[rising:], reverse=True)
 
 
 def test_scheduler_steps_once_a_step():
