@@ -207,7 +207,7 @@ class _Bench:
     ) -> Run:
         """Train with the recipe's optimizer and schedule, and `fit`'s other `options`."""
         recipe = self.recipe
-        optimizer = torch.optim.AdamW(distiller.inner_parameters(), lr=lr, weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.AdamW(distiller.inner_parameters(), lr=lr, weight_decay=0.1 if training == "teacher" else recipe.weight_decay)
 
         def callback(record: StepRecord) -> None:
             after_step(record)
