@@ -26,7 +26,11 @@ def test_python_blocks(tmp_path, monkeypatch):
     exec(blocks[0], names)
     assert names["report"].loss.isfinite()
     assert set(torch.load("student.pt")) == set(names["student"].state_dict())
-    names |= {"student_logits": torch.randn(4, 3), "teacher_logits": torch.randn(4, 3), "labels": torch.tensor([0, 1, 2, 0])}
+    names |= {
+        "student_logits": torch.randn(4, 3),
+        "teacher_logits": torch.randn(4, 3),
+        "labels": torch.tensor([0, 1, 2, 0]),
+    }
     exec(blocks[1], names)
     assert names["loss"] > 0
 

@@ -23,17 +23,17 @@ class Recipe:
     train_per_class: int = 10
     validation_per_class: int = 60
     batch_size: int = 50
-    weight_decay: float = 0.1  # AdamW's, which multiplies it by the learning rate
+    lr: float = 0.04  # of AdamW
+    weight_decay: float = 0.01  # of the students
     warmup: float = 0.1  # share of the steps in which the learning rate rises; then it falls to 0 along a cosine
     teacher_depth: int = 8
     teacher_widths: tuple[int, int, int] = (16, 32, 64)
     teacher_epochs: int = 150
-    teacher_lr: float = 0.04
+    teacher_weight_decay: float = 0.1
     teacher_shift: int = 1  # the teacher's images move by up to this many pixels; the students' stay
     student_depth: int = 8
-    student_widths: tuple[int, int, int] = (4, 8, 8)
+    student_widths: tuple[int, int, int] = (8, 16, 16)
     epochs: int = 150
-    lr: float = 0.16
     kd_alpha: float = 0.1
     kd_temperature: float = 4.0
     mkd_initial_temperature: float = 4.0
@@ -144,7 +144,9 @@ def compare(
         torch.manual_seed(seeds[0])
         teacher = bench.network(recipe.teacher_depth, recipe.teacher_widths)
         batches = bench.loader(split.train, seeds[0], recipe.teacher_shift)
-        teacher_run = bench.train("teacher", Alone(teacher), batches, recipe.teacher_epochs, recipe.teacher_lr)
+        teacher_run = bench.train(
+            "teacher", Alone(teacher), batches, recipe.teacher_epochs, weight_decay=recipe.teacher_weight_decay
+        )
         on_run("teacher", teacher_run)
         runs: dict[str, list[Run]] = {name: [] for name in methods}
         for seed in seeds:
@@ -201,13 +203,17 @@ class _Bench:
         distiller: Distiller,
         batches: Batches,
         epochs: int,
-        lr: float,
         after_step: Callable[[StepRecord], None] = lambda record: None,
+        weight_decay: float | None = None,
         **options,
     ) -> Run:
         """Train with the recipe's optimizer and schedule, and `fit`'s other `options`."""
         recipe = self.recipe
-        optimizer = torch.optim.AdamW(distiller.inner_parameters(), lr=lr, weight_decay=0.1 if training == "teacher" else recipe.weight_decay)
+        optimizer = torch.optim.AdamW(
+            distiller.inner_parameters(),
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay if weight_decay is None else weight_decay,
+        )
 
         def callback(record: StepRecord) -> None:
             after_step(record)
@@ -228,13 +234,13 @@ class _Bench:
     def alone(self, teacher: CifarResNet, seed: int) -> Run:
         batches = self.loader(self.split.train, seed)
         distiller = Alone(self.student(seed))
-        return self.train(_training("alone", seed), distiller, batches, self.recipe.epochs, self.recipe.lr)
+        return self.train(_training("alone", seed), distiller, batches, self.recipe.epochs)
 
     def kd(self, teacher: CifarResNet, seed: int) -> Run:
         recipe = self.recipe
         distiller = KD(self.student(seed), teacher, alpha=recipe.kd_alpha, temperature=recipe.kd_temperature)
         batches = self.loader(self.split.train, seed)
-        run = self.train(_training("kd", seed), distiller, batches, recipe.epochs, recipe.lr)
+        run = self.train(_training("kd", seed), distiller, batches, recipe.epochs)
         return replace(run, temperatures=[(recipe.kd_temperature, recipe.kd_temperature)] * run.steps)
 
     def mkd(self, teacher: CifarResNet, seed: int) -> Run:
@@ -255,7 +261,6 @@ class _Bench:
             distiller,
             self.loader(kept, seed),
             recipe.epochs,
-            recipe.lr,
             record_temperatures,
             validation_batches=self.loader(held, seed),
             meta_optimizer=torch.optim.AdamW(distiller.meta_parameters(), lr=recipe.mkd_lr),
@@ -275,7 +280,6 @@ class _Bench:
             distiller,
             self.loader(self.split.train, seed),
             recipe.epochs,
-            recipe.lr,
             lambda record: distiller.set_step(min(record.step + 1, len(process) - 1)),
         )
         return replace(run, process=process, search=search)
@@ -294,7 +298,6 @@ class _Bench:
             distiller,
             self.loader(kept, seed),
             recipe.distpro_search_epochs,
-            recipe.lr,
             record_weights,
             validation_batches=self.loader(held, seed),
             meta_optimizer=torch.optim.Adam(distiller.meta_parameters(), lr=recipe.distpro_lr, betas=(0.5, 0.999)),

@@ -236,12 +236,13 @@ def markdown(comparison: Comparison, plots: list[str]) -> str:
         f"  {images['train']} to train on ({recipe.train_per_class} a class), {images['validation']} for choosing the "
         f"numbers below, {images['test']} to test on.",
         "  Pixels are normalised by the training images.",
-        f"- **Teacher**: {_network(comparison, 'teacher')}; {recipe.teacher_epochs} epochs at learning rate "
-        f"{recipe.teacher_lr:g} on",
+        f"- **Teacher**: {_network(comparison, 'teacher')}; {recipe.teacher_epochs} epochs with weight decay "
+        f"{recipe.teacher_weight_decay:g} on",
         f"  the training images, {shift}. One teacher for all students, with the first seed.",
-        f"- **Student**: {_network(comparison, 'student')}; {recipe.epochs} epochs at learning rate {recipe.lr:g} on",
-        "  the training images, as they are.",
-        f"- **All trainings**: AdamW, weight decay {recipe.weight_decay:g}, batches of {recipe.batch_size}, "
+        f"- **Student**: {_network(comparison, 'student')}; {recipe.epochs} epochs with weight decay "
+        f"{recipe.weight_decay:g}",
+        "  on the training images, as they are.",
+        f"- **All trainings**: AdamW, learning rate {recipe.lr:g}, batches of {recipe.batch_size}, "
         f"{recipe.epoch_steps} steps an epoch; the learning",
         f"  rate rises over the first {recipe.warmup:.0%} of the steps, then falls to 0 along a cosine.",
         f"- **Equal for all students**: {recipe.epochs * recipe.epoch_steps} steps, the optimizer and its schedule,",
@@ -255,8 +256,8 @@ def markdown(comparison: Comparison, plots: list[str]) -> str:
         "",
         "On the validation images alone, which train nothing, with seeds 100 and up; the test images were looked at",
         "when all was fixed. The setting (few images, a small student, no shifts for it) was chosen so that methods",
-        "differ by more than seeds do, and the learning rate as the best one for the student *alone*. docs/demo.md",
-        "of kdfast has the candidates and their results.",
+        "differ by more than seeds do. docs/demo.md of kdfast has the candidates and their results, and says where",
+        "the differences are smaller.",
         "",
         "## What it cost",
         "",

@@ -123,8 +123,8 @@ def test_report_without_learning_methods_has_only_what_there_is(tmp_path):
 
 def test_report_names_every_choice():
     recipe = Recipe(
-        train_per_class=11, batch_size=51, weight_decay=0.123, warmup=0.17, teacher_epochs=153, teacher_lr=0.043,
-        epochs=149, lr=0.161, kd_alpha=0.13, kd_temperature=4.25, mkd_initial_temperature=4.125, mkd_span=2.5,
+        train_per_class=11, batch_size=51, weight_decay=0.123, warmup=0.17, teacher_epochs=153, epochs=149, lr=0.161,
+        teacher_weight_decay=0.043, kd_alpha=0.13, kd_temperature=4.25, mkd_initial_temperature=4.125, mkd_span=2.5,
         mkd_lr=0.0031, mkd_held_out=0.12, distpro_scale=5.25, distpro_clip=0.55, distpro_lr=0.053,
         distpro_held_out=0.23, distpro_search_epochs=39,
     )  # fmt: skip
