@@ -9,9 +9,8 @@ The distribution that weighs is called `from` (p: the teacher; for reverse_kl th
 Fused: three softmaxes, the divergence, the hard labels' cross-entropy and all gradients. Forward sweeps the
 row once in tiles of columns (twice where a temperature wants its gradient), with sums kept relative to the
 largest logit so far; backward is elementwise given the statistics. Memory for a row of C classes of b bytes:
-forward reads 2 C b, backward reads 2 C b and writes C b. Exponentials are to base 2, log2(e) / tau folded in.
-
-Everything is cast right after its load: 16-bit types are storage only.
+forward reads 2 C b, backward reads 2 C b and writes C b. Exponentials are to base 2, log2(e) / tau folded in;
+16-bit types are storage only, cast right after their load.
 """
 
 import contextlib
