@@ -207,7 +207,8 @@ def pathway_figure(comparison: Comparison) -> Figure:
         axes.axhline(1 / (len(names) + 1), color="black", linestyle=":", linewidth=1, label="all weights equal")
         axes.grid(alpha=0.3)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(transforms) + 1)
-    figure.supxlabel("step")
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
     figure.supylabel("weight")
     return figure
 
