@@ -62,8 +62,8 @@ def kd_loss(
 
     Raises:
         TypeError, ValueError: one sentence saying what was expected and what came. Labels out of range and
-            NaN in the teacher are found on the CPU at no cost; on a GPU the check would wait for the device
-            and is made only under ``KDFAST_CHECK_VALUES=1``.
+            NaN in the teacher are found in eager code on the CPU at no cost, by the NaN they make in the loss; on a
+            GPU the check would wait for the device and is made only under ``KDFAST_CHECK_VALUES=1``.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).
 
