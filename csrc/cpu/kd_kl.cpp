@@ -42,6 +42,7 @@ struct Inputs {
   OptionalTensor labels, target, weight;                        // [rows], [rows, classes], [rows]
   double tau_s, tau_t, alpha, label_smoothing;
   int64_t ignore_index, divergence, scale;
+  double beta, target_weight, softcap, logit_scale;
 };
 
 struct Outputs {
@@ -189,9 +190,10 @@ Tensor empty_gradient(const Tensor& like) {
 std::tuple<Tensor, Tensor> kd_kl(
     Tensor student, Tensor teacher, OptionalTensor student_temperature, OptionalTensor teacher_temperature,
     OptionalTensor labels, OptionalTensor target, OptionalTensor weight, double tau_s, double tau_t, double alpha,
-    double label_smoothing, int64_t ignore_index, int64_t divergence, int64_t scale, bool temperature_grad) {
+    double label_smoothing, int64_t ignore_index, int64_t divergence, int64_t scale,
+    double beta, double target_weight, double softcap, double logit_scale, bool temperature_grad) {
   const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
-                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
+                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale, beta, target_weight, softcap, logit_scale};
   auto [loss, stats] = empty_loss_and_stats(student);
   run(in, {.loss = &loss, .stats = &stats, .temperature_grad = temperature_grad});
   return {loss, stats};
@@ -200,10 +202,10 @@ std::tuple<Tensor, Tensor> kd_kl(
 std::tuple<Tensor, Tensor, Tensor> kd_kl_value_and_grad(
     Tensor student, Tensor teacher, OptionalTensor student_temperature, OptionalTensor teacher_temperature,
     OptionalTensor labels, OptionalTensor target, OptionalTensor weight, double tau_s, double tau_t, double alpha,
-    double label_smoothing, int64_t ignore_index, int64_t divergence, int64_t scale, bool temperature_grad,
-    double coefficient) {
+    double label_smoothing, int64_t ignore_index, int64_t divergence, int64_t scale,
+    double beta, double target_weight, double softcap, double logit_scale, bool temperature_grad, double coefficient) {
   const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
-                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
+                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale, beta, target_weight, softcap, logit_scale};
   Tensor student_grad = empty_gradient(student);
   auto [loss, stats] = empty_loss_and_stats(student);
   run(in, {.loss = &loss, .stats = &stats, .student_grad = &student_grad, .coefficient = coefficient,
@@ -216,9 +218,10 @@ std::tuple<Tensor, Tensor> kd_kl_backward(
     Tensor grad, Tensor student, Tensor teacher, OptionalTensor student_temperature,
     OptionalTensor teacher_temperature, OptionalTensor labels, OptionalTensor target, OptionalTensor weight,
     Tensor /*stats*/, double tau_s, double tau_t, double alpha, double label_smoothing, int64_t ignore_index,
-    int64_t divergence, int64_t scale, bool student_grad, bool teacher_grad) {
+    int64_t divergence, int64_t scale,
+    double beta, double target_weight, double softcap, double logit_scale, bool student_grad, bool teacher_grad) {
   const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
-                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
+                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale, beta, target_weight, softcap, logit_scale};
   const Tensor nothing = empty(student, {0}, student.scalar_type());
   Tensor ds = student_grad ? empty_gradient(student) : nothing;
   Tensor dt = teacher_grad ? empty_gradient(teacher) : nothing;

@@ -14,6 +14,7 @@ struct Inputs {
   OptionalTensor labels, target, weight;                        // [rows], [rows, classes], [rows]
   double tau_s, tau_t, alpha, label_smoothing;
   int64_t ignore_index, divergence, scale;
+  double beta, target_weight, softcap, logit_scale;
 };
 
 template <class T>
@@ -98,9 +99,9 @@ std::tuple<Tensor, Tensor> kd_kl_forward(
     Tensor student, Tensor teacher, OptionalTensor student_temperature, OptionalTensor teacher_temperature,
     OptionalTensor labels, OptionalTensor target, OptionalTensor weight, double tau_s, double tau_t,
     double alpha, double label_smoothing, int64_t ignore_index, int64_t divergence, int64_t scale,
-    bool temperature_grad) {
+    double beta, double target_weight, double softcap, double logit_scale, bool temperature_grad) {
   const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
-                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
+                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale, beta, target_weight, softcap, logit_scale};
   const int64_t rows = student.size(0);
   const ScalarType type = accumulate_type(student.scalar_type());
   Tensor loss = empty(student, {rows}, type);
@@ -122,9 +123,10 @@ std::tuple<Tensor, Tensor> kd_kl_backward(
     Tensor grad, Tensor student, Tensor teacher, OptionalTensor student_temperature,
     OptionalTensor teacher_temperature, OptionalTensor labels, OptionalTensor target, OptionalTensor weight,
     Tensor stats, double tau_s, double tau_t, double alpha, double label_smoothing, int64_t ignore_index,
-    int64_t divergence, int64_t scale, bool student_grad, bool teacher_grad) {
+    int64_t divergence, int64_t scale,
+    double beta, double target_weight, double softcap, double logit_scale, bool student_grad, bool teacher_grad) {
   const Inputs in{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
-                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale};
+                  tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale, beta, target_weight, softcap, logit_scale};
   const int64_t rows = student.size(0), classes = student.size(1);
   const auto gradient = [&](bool wanted) {
     const ScalarType type = student.scalar_type();

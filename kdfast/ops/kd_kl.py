@@ -19,7 +19,11 @@ _INPUTS = (
     "Tensor student, Tensor teacher, Tensor? student_temperature, Tensor? teacher_temperature, "
     "Tensor? labels, Tensor? target, Tensor? weight"
 )
-_OPTIONS = "float tau_s, float tau_t, float alpha, float label_smoothing, int ignore_index, int divergence, int scale"
+_OPTIONS = (
+    "float tau_s, float tau_t, float alpha, float label_smoothing, int ignore_index, int divergence, int scale, "
+    "float beta, float target_weight, float softcap, float logit_scale"
+)
+_N = len(Options._fields)
 LIB = torch.library.Library("kdfast", "FRAGMENT")
 LIB.define(f"kd_kl({_INPUTS}, {_OPTIONS}, bool temperature_grad) -> (Tensor loss, Tensor stats)")
 LIB.define(
@@ -40,8 +44,8 @@ def _reference_forward(*args):
 
 
 def _reference_backward(grad, *args):
-    tensors, options = args[:7], Options(*args[8:15])
-    student_grad, teacher_grad = args[15:]
+    tensors, options = args[:7], Options(*args[8:-2])
+    student_grad, teacher_grad = args[-2:]
     ds, dt, _, _ = kd_kl_gradient(*tensors, options)
     student, teacher = tensors[:2]
     g = grad.unsqueeze(-1)
@@ -91,7 +95,7 @@ torch.library.register_fake("kdfast::kd_kl_value_and_grad", _fake_value_and_grad
 # ---------------------------------------------------------------- autograd of the bare op (compiled code)
 def _op_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:7], output[1])
-    ctx.options = inputs[7:14]
+    ctx.options = inputs[7 : 7 + _N]
 
 
 def _op_backward(ctx, grad, _grad_stats):
@@ -103,7 +107,7 @@ def _op_backward(ctx, grad, _grad_stats):
         dt if need_t else None,
         _like_temperature(grad * stats[:, 6], tensors[2]) if need_tau_s else None,
         _like_temperature(grad * stats[:, 7], tensors[3]) if need_tau_t else None,
-        *(None,) * 11,
+        *(None,) * (_N + 4),
     )
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FORWARD_KL, REVERSE_KL, SOFT_CE = 0, 1, 2
+FORWARD_KL, REVERSE_KL, SOFT_CE, JSD, DKD = 0, 1, 2, 3, 4
 SCALE_TAU2, SCALE_PRODUCT, SCALE_NONE = 0, 1, 2
 
 # The row statistics kernels hand from forward to backward, [rows, STATS]. Maxima and log-sums apart, as
@@ -42,6 +42,10 @@ class Options(NamedTuple):
     ignore_index: int = -100
     divergence: int = FORWARD_KL
     scale: int = SCALE_TAU2
+    beta: float = 0.5  # jsd: the teacher's share of the mixture; dkd: factor on the other classes' part
+    target_weight: float = 1.0  # dkd: factor on the labelled class's part
+    softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0: they stay
+    logit_scale: float = 1.0  # and before that, logit_scale * logits
 
 
 DEFAULTS = Options()

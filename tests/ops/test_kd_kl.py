@@ -172,8 +172,8 @@ def raw():
     s, t = (torch.randn(4, 9, generator=g) for _ in range(2))
     tau, per_row, weight = torch.tensor([2.0]), 1 + torch.rand(4, generator=g), torch.rand(4, generator=g)
     labels, target = torch.tensor([0, 3, -100, 8]), torch.rand(4, 9, generator=g).softmax(-1)
-    plain = (4.0, 4.0, 0.0, 0.0, -100, 0, 0)
-    mixed = (1.0, 1.0, 0.4, 0.1, -100, 1, 1)
+    plain = Options(4.0, 4.0)
+    mixed = Options(1.0, 1.0, 0.4, 0.1, -100, 1, 1)
     bare = (s, t, None, None, None, None, None)
     learned = (s.clone().requires_grad_(), t.clone().requires_grad_(), tau.clone().requires_grad_(),
                per_row.clone().requires_grad_(), labels, None, weight)  # fmt: skip
