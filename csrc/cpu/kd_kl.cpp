@@ -23,18 +23,17 @@ namespace kdfast::cpu {
 namespace {
 
 // What is compiled once for each kind of vector unit.
-KDFAST_CLONES void compute(const Row<float>& row, const Options& o, float* loss, float* stats) {
+#define KDFAST_ROW(T, A)                                                                          \
+  KDFAST_CLONES void compute(const Row<T, A>& row, const Options& o, A* loss, A* stats) {        \
+    compute_row(row, o, loss, stats);                                                             \
+  }
+KDFAST_ROW(float, float)
+KDFAST_ROW(BFloat16Bits, float)
+KDFAST_ROW(HalfBits, float)
+#undef KDFAST_ROW
+void compute(const Row<double, double>& row, const Options& o, double* loss, double* stats) {
   compute_row(row, o, loss, stats);
 }
-void compute(const Row<double>& row, const Options& o, double* loss, double* stats) { compute_row(row, o, loss, stats); }
-#define KDFAST_CONVERT(T, A)                                                                                       \
-  KDFAST_CLONES void load(const T* from, A* to, int64_t n, int64_t padded) { load_row(from, to, n, padded); }      \
-  KDFAST_CLONES void store(const A* from, T* to, int64_t n) { store_row(from, to, n); }
-KDFAST_CONVERT(float, float)
-KDFAST_CONVERT(double, double)
-KDFAST_CONVERT(BFloat16Bits, float)
-KDFAST_CONVERT(HalfBits, float)
-#undef KDFAST_CONVERT
 
 struct Inputs {
   Tensor student, teacher;                                      // [rows, classes]
@@ -76,13 +75,10 @@ T* offset(T* x, int64_t by) {
 // T is the storage type of the logits, A the type of the arithmetic and of every other floating point tensor.
 template <class T, class A>
 void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
-  constexpr int64_t kWide = 256;  // from here on a ragged last vector costs less than a copy into padded memory
-  const int64_t n = in.student.size(1), padded = (n + kLanes - 1) / kLanes * kLanes;
-  const bool direct = std::is_same_v<T, A> && (n == padded || n >= kWide);
+  const int64_t n = in.student.size(1), padded = (n + kCount<A> - 1) / kCount<A> * kCount<A>;
   static thread_local std::vector<A> memory;  // kept between calls, so that no call faults pages in
-  if (static_cast<int64_t>(memory.size()) < 6 * padded) memory.resize(6 * padded);
+  if (static_cast<int64_t>(memory.size()) < 3 * padded) memory.resize(3 * padded);
   A* const scratch = memory.data();
-  A *const s = scratch + 3 * padded, *const t = scratch + 4 * padded, *const p = scratch + 5 * padded;
 
   const T *student = static_cast<const T*>(in.student.data_ptr()), *teacher = static_cast<const T*>(in.teacher.data_ptr());
   const int64_t* labels = data_or_null<int64_t>(in.labels);
@@ -106,34 +102,16 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
       continue;
     }
 
-    Row<A> row{};
-    row.n = direct ? n : padded;
+    Row<T, A> row{};
+    row.student = student + i * n, row.teacher = teacher + i * n, row.target = offset(target, i * n);
     row.e_u = scratch, row.e_v = scratch + padded, row.spare = scratch + 2 * padded;
-    if constexpr (std::is_same_v<T, A>) {
-      row.student = student + i * n, row.teacher = teacher + i * n;
-      row.student_grad = ds, row.teacher_grad = dt;
-      if (direct && ds != nullptr) row.e_u = ds;
-    }
-    row.target = offset(target, i * n);
-    if (!direct) {
-      load(student + i * n, s, n, padded);
-      load(teacher + i * n, t, n, padded);
-      row.student = s, row.teacher = t;
-      row.student_grad = ds != nullptr ? row.e_u : nullptr;
-      row.teacher_grad = dt != nullptr ? row.spare : nullptr;
-      if (target != nullptr) {
-        std::copy_n(row.target, n, p);
-        std::fill(p + n, p + padded, A(0));
-        row.target = p;
-      }
-    }
+    row.student_grad = ds, row.teacher_grad = dt;
+    row.n = n;
     row.label = labels != nullptr ? labels[i] : -1;
     row.tau_s = tau_s[i], row.tau_t = tau_t[i], row.weight = weight[i];
     row.coefficient = grad != nullptr ? grad[i] : out.coefficient;
     row.temperature_grad = out.temperature_grad;
     compute(row, o, offset(loss, i), offset(stats, i * kStats));
-    if (!direct && ds != nullptr) store(row.student_grad, ds, n);
-    if (!direct && dt != nullptr) store(row.teacher_grad, dt, n);
   }
 }
 

@@ -1,7 +1,11 @@
-// One row of kd_kl on the CPU: three sweeps over cache-resident columns. See kd_kl.cpp for the formula.
+// One row of kd_kl on the CPU: two sweeps, of which only the first reads memory. See kd_kl.cpp for the formula.
+//
+// Softmax does not see what is taken off a row, so the maximum need not be known beforehand: the largest of the row's
+// first logits is taken off, and the true maximum is found in the same sweep. Where it lies so much higher that
+// precision or range would suffer, the sweep is repeated with it.
 #pragma once
 
-#include "vec.h"
+#include "lanes.h"
 
 namespace kdfast::cpu {
 
@@ -15,13 +19,14 @@ struct Options {
   int divergence, scale;
 };
 
-// One row, widened to the arithmetic type and in cache.
-template <class A>
+// One row. T is the storage type of the logits and their gradients, A that of the arithmetic.
+template <class T, class A>
 struct Row {
-  const A *student, *teacher, *target;  // [n]; target may be null
-  A *e_u, *e_v, *spare;                 // [n] each, scratch; e_u may be the memory of student_grad
-  A *student_grad, *teacher_grad;       // [n], or null
-  int64_t n;                            // columns, the padding included
+  const T *student, *teacher;           // [n]
+  const A* target;                      // [n], or null
+  A *e_u, *e_v, *spare;                 // [n rounded up to whole lanes] each, scratch
+  T *student_grad, *teacher_grad;       // [n], or null
+  int64_t n;
   int64_t label;                        // or -1
   double tau_s, tau_t;
   double weight;                        // of this row in the loss
@@ -35,113 +40,132 @@ inline int hard_kind(double alpha, double tau_s) {
   if (alpha <= 0) return kNoHard;
   return tau_s == 1 ? 0 : tau_s == 2 ? 1 : tau_s == 4 ? 2 : tau_s == 8 ? 3 : kOwnExp;
 }
+
+// Logits in units of log 2, measured from the row's shift: y = (x - shift) / tau * log2(e).
+template <class A>
+struct Unit {
+  A k, offset;
+  Unit(double inverse_tau, A shift) : k(static_cast<A>(inverse_tau * kLog2e)), offset(-shift * k) {}
+};
+template <class A>
+KDFAST_INLINE Lanes<A> in_units(Lanes<A> x, const Unit<A>& unit) {
+  return x * unit.k + unit.offset;
+}
+
+// e^(student - shift), up to the power 1 / tau_s already in e.
 template <int Hard, class A>
-KDFAST_INLINE A hard_exp(A e, A shifted) {
-  if constexpr (Hard == kOwnExp) return exp_nonpositive(shifted, ExpScale<A>(1.0));
+KDFAST_INLINE Lanes<A> hard_exp(Lanes<A> e, Lanes<A> x, const Unit<A>& one) {
+  if constexpr (Hard == kOwnExp) return exp2_lanes(in_units(x, one));
   if constexpr (Hard >= 1 && Hard <= 3) e = e * e;
   if constexpr (Hard >= 2 && Hard <= 3) e = e * e;
   if constexpr (Hard == 3) e = e * e;
   return e;
 }
 
+template <class A>
 struct Sums {
-  double z_u = 0, z_v = 0, z_1 = 0, cross = 0;
+  A max_s, max_t;
+  double z_u, z_v, z_1 = 0, cross;
 };
 
-// Second sweep: e_u = exp(u - max u), e_v = exp(v - max v), their sums, and
-// cross = sum w (k log w - log other) up to the constants log z, w the weighing one of the two.
-template <bool Reverse, int Hard, class A>
-KDFAST_INLINE Sums exponentials(const A* s, const A* t, A* e_u, A* e_v, int64_t n, A max_s, A max_t,
-                                double inverse_s, double inverse_t, A k) {
-  Sums sums;
-  const A per_s = static_cast<A>(inverse_s), per_t = static_cast<A>(inverse_t);
-  const ExpScale<A> scale_s(inverse_s), scale_t(inverse_t);
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    A z_u = 0, z_v = 0, z_1 = 0, cross = 0;
-#pragma omp simd reduction(+ : z_u, z_v, z_1, cross)
-    for (int64_t j = begin; j < end; ++j) {
-      const A ds = s[j] - max_s, dt = t[j] - max_t;
-      const A eu = exp_nonpositive(ds, scale_s), ev = exp_nonpositive(dt, scale_t);
-      e_u[j] = eu;
-      e_v[j] = ev;
-      z_u += eu;
-      z_v += ev;
-      if constexpr (Hard != kNoHard && Hard != 0) z_1 += hard_exp<Hard>(eu, ds);
-      const A u = ds * per_s, v = dt * per_t;
-      const A weigh = Reverse ? eu : ev;
-      const A log_ratio = Reverse ? u - v : k * v - u;
-      cross += weigh == A(0) ? A(0) : weigh * log_ratio;
-    }
-    sums.z_u += z_u, sums.z_v += z_v, sums.z_1 += z_1, sums.cross += cross;
+// First sweep: e_u = 2^(y of the student), e_v = 2^(y of the teacher), their sums, and cross = sum w (k y_w - y_other), w the
+// weighing one of the two; the maxima.
+template <bool Reverse, int Hard, class T, class A>
+KDFAST_INLINE Sums<A> exponentials(const Row<T, A>& row, Unit<A> u, Unit<A> v, Unit<A> one, A entropy) {
+  constexpr A kMasked = -std::numeric_limits<A>::infinity();
+  Lanes<A> max_s = broadcast(kMasked), max_t = broadcast(kMasked);
+  Total<A> z_u, z_v, z_1, cross;
+  for (int64_t begin = 0; begin < row.n; begin += kBlock) {
+    over_lanes<A>(begin, begin + kBlock < row.n ? begin + kBlock : row.n, [&](int64_t j, auto count) KDFAST_INLINED {
+      const Lanes<A> s = load(row.student + j, count, kMasked), t = load(row.teacher + j, count, kMasked);
+      max_s = larger(s, max_s), max_t = larger(t, max_t);
+      const Lanes<A> y_u = in_units(s, u), y_v = in_units(t, v);
+      const Lanes<A> e_u = exp2_lanes(y_u), e_v = exp2_lanes(y_v);
+      store_lanes(row.e_u + j, e_u);
+      store_lanes(row.e_v + j, e_v);
+      z_u.lanes += e_u, z_v.lanes += e_v;
+      if constexpr (Hard != kNoHard && Hard != 0) z_1.lanes += hard_exp<Hard>(e_u, s, one);
+      const Lanes<A> w = Reverse ? e_u : e_v;
+      const Lanes<A> ratio = Reverse ? y_u - y_v : entropy * y_v - y_u;
+      cross.lanes = w != A(0) ? cross.lanes + w * ratio : cross.lanes;  // 0 log 0 = 0
+    });
+    z_u.flush(), z_v.flush(), z_1.flush(), cross.flush();
   }
+  Sums<A> sums{max_of<kCount<A>, A>(max_s), max_of<kCount<A>, A>(max_t), z_u.before, z_v.before, z_1.before, cross.before};
   if constexpr (Hard == 0) sums.z_1 = sums.z_u;
   return sums;
 }
 
-// Third sweep, forward_kl and soft_ce: ds = g_u e_u - g_v e_v + g_1 softmax(student).
-template <int Hard, class A>
-KDFAST_INLINE void student_gradient(const A* s, const A* e_u, const A* e_v, A* ds, int64_t n, A max_s, A g_u, A g_v, A g_1) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    A g = g_u * e_u[j] - g_v * e_v[j];
-    if constexpr (Hard != kNoHard) g += g_1 * hard_exp<Hard>(e_u[j], s[j] - max_s);
-    ds[j] = g;
+// The largest of the first 64 columns; the exact one where all of them are masked.
+template <class T, class A>
+KDFAST_INLINE A first_shift(const T* x, int64_t n) {
+  constexpr A kMasked = -std::numeric_limits<A>::infinity();
+  A shift = kMasked;
+  for (int64_t end = n < 64 ? n : 64; shift == kMasked && end != 0; end = end == n ? 0 : n) {
+    Lanes<A> max = broadcast(kMasked);
+    over_lanes<A>(0, end, [&](int64_t j, auto count) KDFAST_INLINED { max = larger(load(x + j, count, kMasked), max); });
+    shift = max_of<kCount<A>, A>(max);
   }
+  return shift;
 }
 
-// The same where the row weighs itself: w (r - D) with r = k log w - log other, scaled by g. For d/dstudent of
-// reverse_kl and d/dteacher of the others.
-template <class A>
-KDFAST_INLINE void weighing_gradient(const A* own, const A* e_own, const A* other, A* out, int64_t n, A max_own, A max_other,
-                                     A per_own, A per_other, A k, A r_shift, A g) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const A r = k * ((own[j] - max_own) * per_own) - (other[j] - max_other) * per_other + r_shift;
-    out[j] = e_own[j] == A(0) ? A(0) : g * e_own[j] * r;
-  }
+// out = g_u e_u - g_v e_v + g_1 softmax(student).
+template <int Hard, class O, class T, class A>
+KDFAST_INLINE void plain_gradient(const Row<T, A>& row, O* out, Unit<A> one, double g_u, double g_v, double g_1) {
+  const A by_u = static_cast<A>(g_u), by_v = static_cast<A>(g_v), by_1 = static_cast<A>(g_1);
+  over_lanes<A>(0, row.n, [&](int64_t j, auto count) KDFAST_INLINED {
+    const Lanes<A> e_u = load_lanes(row.e_u + j);
+    Lanes<A> g = by_u * e_u - by_v * load_lanes(row.e_v + j);
+    if constexpr (Hard == kOwnExp) g += by_1 * hard_exp<Hard>(e_u, load(row.student + j, count, A(0)), one);
+    else if constexpr (Hard != kNoHard) g += by_1 * hard_exp<Hard>(e_u, e_u, one);
+    store(out + j, g, count);
+  });
 }
 
-// <d, x> for a gradient d of the divergence in the logits x, for the temperatures. d sums to zero, so x may be shifted;
-// shifted by its mean under softmax weights e, what rounding left in the sum of d does no harm.
-template <class A>
-KDFAST_INLINE double centered_dot(const A* d, const A* e, const A* x, int64_t n, A max) {
-  double total = 0, sum = 0, mean = 0, mass = 0;
+// The same in the logits of the weighing distribution: g w (r - D), r = k log w - log other. `shift` is what r - D and
+// the y of its two logits differ by.
+template <int Hard, class O, class T, class A>
+KDFAST_INLINE void weighing_gradient(const T* own, const T* other, const A* e_own, O* out, int64_t n, Unit<A> by_own,
+                                     Unit<A> by_other, Unit<A> one, A entropy, double shift, double g, double g_1) {
+  const A by_g = static_cast<A>(g), by_1 = static_cast<A>(g_1), moved = static_cast<A>(shift), ln2 = static_cast<A>(kLn2);
+  over_lanes<A>(0, n, [&](int64_t j, auto count) KDFAST_INLINED {
+    const Lanes<A> x = load(own + j, count, A(0)), y = load(other + j, count, A(0)), e = load_lanes(e_own + j);
+    const Lanes<A> r = ln2 * (entropy * in_units(x, by_own) - in_units(y, by_other)) + moved;
+    Lanes<A> d = e == A(0) ? Lanes<A>{} : by_g * e * r;
+    if constexpr (Hard != kNoHard) d += by_1 * hard_exp<kOwnExp>(e, x, one);
+    store(out + j, d, count);
+  });
+}
+
+// <d, y> for a gradient d of the divergence and its logits in units y, for the temperatures. d sums to zero, so y may
+// be shifted; shifted by its mean under softmax weights e, what rounding left in the sum of d does no harm.
+template <class T, class A>
+KDFAST_INLINE double centered_dot(const A* d, const A* e, const T* x, int64_t n, Unit<A> unit) {
+  Total<A> total, sum, mean, mass;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    A block_total = 0, block_sum = 0, block_mean = 0, block_mass = 0;
-#pragma omp simd reduction(+ : block_total, block_sum, block_mean, block_mass)
-    for (int64_t j = begin; j < end; ++j) {
-      const A shifted = x[j] - max;
-      block_total += d[j] == A(0) ? A(0) : d[j] * shifted;
-      block_sum += d[j];
-      block_mean += e[j] == A(0) ? A(0) : e[j] * shifted;
-      block_mass += e[j];
-    }
-    total += block_total, sum += block_sum, mean += block_mean, mass += block_mass;
+    over_lanes<A>(begin, begin + kBlock < n ? begin + kBlock : n, [&](int64_t j, auto count) KDFAST_INLINED {
+      const Lanes<A> y = in_units(load(x + j, count, A(0)), unit);
+      const Lanes<A> g = load(d + j, count, A(0)), p = load(e + j, count, A(0));
+      total.lanes = g != A(0) ? total.lanes + g * y : total.lanes;
+      mean.lanes = p != A(0) ? mean.lanes + p * y : mean.lanes;
+      sum.lanes += g, mass.lanes += p;
+    });
+    total.flush(), sum.flush(), mean.flush(), mass.flush();
   }
-  return total - mean / mass * sum;
+  return total.before - mean.before / mass.before * sum.before;
 }
 
-// ds += g softmax(student) where e_u has been overwritten already.
-template <class A>
-KDFAST_INLINE void add_softmax(const A* s, A* ds, int64_t n, A max_s, A g) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) ds[j] += g * hard_exp<kOwnExp>(A(0), s[j] - max_s);
-}
-
-// The hard target: its total mass, and sum target (student - max). Where ds is given, -g target is added to it.
+// The hard target: its total mass, and sum target (student - shift). Where ds is given, -g target is added to it.
 struct HardSums {
   double mass = 0, weighted = 0;
 };
-template <class A>
-KDFAST_INLINE HardSums hard_target(const Row<A>& row, double smoothing, A max_s, A* ds, A g) {
-  const A* s = row.student;
+template <class T, class A>
+KDFAST_INLINE HardSums hard_target(const Row<T, A>& row, double smoothing, A shift, A* ds, A g) {
   const A masked = -std::numeric_limits<A>::infinity(), keep = static_cast<A>(1 - smoothing);
   HardSums sums;
   if (row.target == nullptr) {
     sums.mass = keep;
-    sums.weighted = keep > 0 ? keep * static_cast<double>(s[row.label] - max_s) : 0.0;
+    sums.weighted = keep > 0 ? keep * static_cast<double>(widen(row.student[row.label]) - shift) : 0.0;
     if (ds != nullptr) ds[row.label] -= g * keep;
     if (smoothing <= 0) return sums;
   }
@@ -149,93 +173,110 @@ KDFAST_INLINE HardSums hard_target(const Row<A>& row, double smoothing, A max_s,
   if (smoothing > 0) {
     int64_t finite = 0;
 #pragma omp simd reduction(+ : finite)
-    for (int64_t j = 0; j < row.n; ++j) finite += s[j] > masked;
+    for (int64_t j = 0; j < row.n; ++j) finite += widen(row.student[j]) > masked;
     spread = static_cast<A>(smoothing / static_cast<double>(finite));
   }
+  Total<A> mass, weighted;
   for (int64_t begin = 0; begin < row.n; begin += kBlock) {
-    const int64_t end = begin + kBlock < row.n ? begin + kBlock : row.n;
-    A mass = 0, weighted = 0;
-#pragma omp simd reduction(+ : mass, weighted)
-    for (int64_t j = begin; j < end; ++j) {
-      A p = s[j] > masked ? spread : A(0);
-      if (row.target != nullptr) p += keep * row.target[j];
-      mass += p;
-      weighted += p == A(0) ? A(0) : p * (s[j] - max_s);
-      if (ds != nullptr) ds[j] -= g * p;
-    }
-    sums.mass += mass, sums.weighted += weighted;
+    over_lanes<A>(begin, begin + kBlock < row.n ? begin + kBlock : row.n, [&](int64_t j, auto count) KDFAST_INLINED {
+      const Lanes<A> s = load(row.student + j, count, masked);
+      Lanes<A> p = s > masked ? broadcast(spread) : Lanes<A>{};
+      if (row.target != nullptr) p += keep * load(row.target + j, count, A(0));
+      mass.lanes += p;
+      weighted.lanes = p != A(0) ? weighted.lanes + p * (s - shift) : weighted.lanes;
+      if (ds != nullptr) store(ds + j, load(ds + j, count, A(0)) - g * p, count);
+    });
+    mass.flush(), weighted.flush();
   }
-  return sums;
+  return {sums.mass + mass.before, sums.weighted + weighted.before};
 }
 
-template <bool Reverse, int Hard, class A>
-KDFAST_INLINE void row_as(const Row<A>& row, const Options& o, A* loss, A* stats) {
-  const A *s = row.student, *t = row.teacher;
-  const int64_t n = row.n;
+template <bool Reverse, int Hard, class T, class A>
+KDFAST_INLINE void row_as(const Row<T, A>& row, const Options& o, A* loss, A* stats) {
   const double tau_s = row.tau_s, tau_t = row.tau_t, keep = 1 - o.alpha;
   const double inverse_s = 1 / tau_s, inverse_t = 1 / tau_t;
   const double scale = o.scale == kTau2 ? tau_s * tau_s : o.scale == kProduct ? tau_s * tau_t : 1.0;
   const A k = o.divergence == kSoftCE ? A(0) : A(1);
-  const A max_s = row_max(s, n), max_t = row_max(t, n);
-  const Sums sums = exponentials<Reverse, Hard>(s, t, row.e_u, row.e_v, n, max_s, max_t, inverse_s, inverse_t, k);
+  A shift_s = first_shift<T, A>(row.student, row.n), shift_t = first_shift<T, A>(row.teacher, row.n);
+  Unit<A> u(inverse_s, shift_s), v(inverse_t, shift_t), one(1.0, shift_s);
+  Sums<A> sums = exponentials<Reverse, Hard>(row, u, v, one, k);
+  constexpr A kFar = 8, kFarOne = 60;  // in units: what costs three digits of log z; what overflows sums of e^student
+  if (!((sums.max_s - shift_s) * u.k <= kFar && (sums.max_t - shift_t) * v.k <= kFar &&
+        (Hard != kOwnExp || (sums.max_s - shift_s) * one.k <= kFarOne))) {
+    shift_s = sums.max_s, shift_t = sums.max_t;
+    u = {inverse_s, shift_s}, v = {inverse_t, shift_t}, one = {1.0, shift_s};
+    sums = exponentials<Reverse, Hard>(row, u, v, one, k);
+  }
   const double inverse_zu = 1 / sums.z_u, inverse_zv = 1 / sums.z_v;
-  const double log_zu = std::log(sums.z_u), log_zv = std::log(sums.z_v), log_z1 = std::log(sums.z_1);
-  const double d = Reverse ? sums.cross * inverse_zu - log_zu + log_zv : sums.cross * inverse_zv - k * log_zv + log_zu;
+  const double log_zu = std::log(sums.z_u), log_zv = std::log(sums.z_v);
+  const double log_z1 = Hard == kNoHard ? 0.0 : std::log(sums.z_1), cross = kLn2 * sums.cross;
+  const double d = Reverse ? cross * inverse_zu - log_zu + log_zv : cross * inverse_zv - k * log_zv + log_zu;
   HardSums hard;
-  if constexpr (Hard != kNoHard) hard = hard_target<A>(row, o.label_smoothing, max_s, nullptr, 0);
+  if constexpr (Hard != kNoHard) hard = hard_target<T, A>(row, o.label_smoothing, shift_s, nullptr, 0);
 
-  const A per_s = static_cast<A>(inverse_s), per_t = static_cast<A>(inverse_t);
-  // r - D of the weighing distribution, as a shift of k (x - max) / tau - (other - max) / tau
-  const A shift = static_cast<A>(Reverse ? log_zv - log_zu - d : log_zu - k * log_zv - d);
-  const auto plain = [&](A* out, double g) {  // (other - weighing) g: a for forward_kl, b for reverse_kl
+  // r - D of the weighing distribution less k y - y_other
+  const double shift = Reverse ? log_zv - log_zu - d : log_zu - k * log_zv - d;
+  const auto plain = [&](auto* out, double g) KDFAST_INLINED {  // (other - weighing) g
     const double sign = Reverse ? -1 : 1;
-    student_gradient<kNoHard>(s, row.e_u, row.e_v, out, n, max_s, static_cast<A>(sign * g * inverse_zu),
-                              static_cast<A>(sign * g * inverse_zv), A(0));
+    plain_gradient<kNoHard>(row, out, one, sign * g * inverse_zu, sign * g * inverse_zv, 0);
   };
-  const auto weighing = [&](A* out, double g) {  // weighing (r - D) g
-    if (Reverse) {
-      weighing_gradient(s, row.e_u, t, out, n, max_s, max_t, per_s, per_t, k, shift, static_cast<A>(g * inverse_zu));
+  const auto weighing = [&](auto* out, double g) KDFAST_INLINED {  // weighing (r - D) g
+    if constexpr (Reverse) {
+      weighing_gradient<kNoHard>(row.student, row.teacher, row.e_u, out, row.n, u, v, one, k, shift, g * inverse_zu, 0);
     } else {
-      weighing_gradient(t, row.e_v, s, out, n, max_t, max_s, per_t, per_s, k, shift, static_cast<A>(g * inverse_zv));
+      weighing_gradient<kNoHard>(row.teacher, row.student, row.e_v, out, row.n, v, u, one, k, shift, g * inverse_zv, 0);
     }
   };
 
   if (stats != nullptr) {
-    const double ce = Hard == kNoHard ? 0.0 : hard.mass * log_z1 - hard.weighted;
+    const double ce = hard.mass * log_z1 - hard.weighted;
     const double soft = keep > 0 ? keep * scale * d : 0.0;
     *loss = static_cast<A>(row.weight * (soft + (Hard == kNoHard ? 0.0 : o.alpha * ce)));
-    const double values[6] = {static_cast<double>(max_s), static_cast<double>(max_t), log_zu, log_zv, log_z1, d};
+    const double up_s = static_cast<double>(sums.max_s) - shift_s, up_t = static_cast<double>(sums.max_t) - shift_t;
+    const double values[6] = {sums.max_s, sums.max_t, log_zu - up_s * inverse_s, log_zv - up_t * inverse_t,
+                              Hard == kNoHard ? 0.0 : log_z1 - up_s, d};
     for (int i = 0; i < 6; ++i) stats[i] = static_cast<A>(values[i]);
     stats[6] = stats[7] = 0;
     if (row.temperature_grad) {
       const double scale_s = o.scale == kTau2 ? 2 * tau_s : o.scale == kProduct ? tau_t : 0.0;
       const double scale_t = o.scale == kProduct ? tau_s : 0.0;
       Reverse ? weighing(row.spare, 1) : plain(row.spare, 1);
-      const double a_s = centered_dot(row.spare, row.e_u, s, n, max_s);
+      const double a_u = kLn2 * centered_dot(row.spare, row.e_u, row.student, row.n, u);
       Reverse ? plain(row.spare, 1) : weighing(row.spare, 1);
-      const double b_t = centered_dot(row.spare, row.e_v, t, n, max_t);
-      stats[6] = static_cast<A>(row.weight * keep * (scale_s * d - scale * a_s * inverse_s * inverse_s));
-      stats[7] = static_cast<A>(row.weight * keep * (scale_t * d - scale * b_t * inverse_t * inverse_t));
+      const double b_v = kLn2 * centered_dot(row.spare, row.e_v, row.teacher, row.n, v);
+      stats[6] = static_cast<A>(row.weight * keep * (scale_s * d - scale * a_u * inverse_s));
+      stats[7] = static_cast<A>(row.weight * keep * (scale_t * d - scale * b_v * inverse_t));
     }
   }
 
   const double g = row.weight * row.coefficient * keep * scale;
   if (row.teacher_grad != nullptr) Reverse ? plain(row.teacher_grad, g * inverse_t) : weighing(row.teacher_grad, g * inverse_t);
   if (row.student_grad == nullptr) return;
-  const double g_1 = row.weight * row.coefficient * o.alpha;
-  const A g_softmax = static_cast<A>(g_1 * hard.mass / sums.z_1);
-  if (Reverse) {
-    weighing(row.student_grad, g * inverse_s);
-    if constexpr (Hard != kNoHard) add_softmax(s, row.student_grad, n, max_s, g_softmax);
-  } else {
-    student_gradient<Hard>(s, row.e_u, row.e_v, row.student_grad, n, max_s, static_cast<A>(g * inverse_s * inverse_zu),
-                           static_cast<A>(g * inverse_s * inverse_zv), g_softmax);
+  const double g_1 = row.weight * row.coefficient * o.alpha, g_softmax = Hard == kNoHard ? 0.0 : g_1 * hard.mass / sums.z_1;
+  const auto student = [&](auto* out) KDFAST_INLINED {
+    if constexpr (Reverse) {
+      weighing_gradient<Hard>(row.student, row.teacher, row.e_u, out, row.n, u, v, one, k, shift, g * inverse_s * inverse_zu,
+                              g_softmax);
+    } else {
+      plain_gradient<Hard>(row, out, one, g * inverse_s * inverse_zu, g * inverse_s * inverse_zv, g_softmax);
+    }
+  };
+  if constexpr (Hard == kNoHard) {
+    student(row.student_grad);
+  } else if constexpr (std::is_same_v<T, A>) {
+    student(row.student_grad);
+    hard_target<T, A>(row, o.label_smoothing, shift_s, row.student_grad, static_cast<A>(g_1));
+  } else {  // rounded once, when nothing more is to be added
+    student(row.spare);
+    hard_target<T, A>(row, o.label_smoothing, shift_s, row.spare, static_cast<A>(g_1));
+    over_lanes<A>(0, row.n, [&](int64_t j, auto count) KDFAST_INLINED {
+      store(row.student_grad + j, load_lanes(row.spare + j), count);
+    });
   }
-  if constexpr (Hard != kNoHard) hard_target<A>(row, o.label_smoothing, max_s, row.student_grad, static_cast<A>(g_1));
 }
 
-template <class A>
-KDFAST_INLINE void compute_row(const Row<A>& row, const Options& o, A* loss, A* stats) {
+template <class T, class A>
+KDFAST_INLINE void compute_row(const Row<T, A>& row, const Options& o, A* loss, A* stats) {
   const int hard = hard_kind(o.alpha, row.tau_s);
   if (o.divergence == kReverseKL) {
     return hard == kNoHard ? row_as<true, kNoHard>(row, o, loss, stats) : row_as<true, kOwnExp>(row, o, loss, stats);

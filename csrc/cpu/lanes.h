@@ -1,0 +1,191 @@
+// Vectors of one width for every machine: 16 fp32 or 8 fp64 numbers, in the compiler's own vector types.
+//
+// GCC and Clang turn them into one AVX-512 register, two of AVX2, four of SSE2 or NEON, so that a kernel is written
+// once; KDFAST_CLONES (vec.h) compiles it for each. What plain loops do not give is here: sums that stay in lanes
+// until the row ends, ragged ends without a scalar loop, and 16-bit storage widened in registers.
+#pragma once
+
+#include <type_traits>
+
+#include "vec.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to functions that are inlined
+#endif
+
+#define KDFAST_INLINED __attribute__((always_inline))  // of a lambda
+
+namespace kdfast::cpu {
+
+constexpr double kLn2 = 0.6931471805599453;
+
+template <class A>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  typedef float V __attribute__((vector_size(64)));
+  typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(64)));
+  static constexpr int64_t kCount = 16;
+};
+template <>
+struct LanesOf<double> {
+  typedef double V __attribute__((vector_size(64)));
+  typedef double Unaligned __attribute__((vector_size(64), aligned(8), may_alias));
+  typedef int64_t Bits __attribute__((vector_size(64)));
+  static constexpr int64_t kCount = 8;
+};
+template <class A>
+using Lanes = typename LanesOf<A>::V;
+template <class A>
+constexpr int64_t kCount = LanesOf<A>::kCount;
+
+template <class A>
+KDFAST_INLINE Lanes<A> broadcast(A x) {
+  return Lanes<A>{} + x;
+}
+template <class V>
+KDFAST_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+// Sixteen stored numbers as lanes, and back.
+KDFAST_INLINE Lanes<float> load_lanes(const float* x) { return *reinterpret_cast<const LanesOf<float>::Unaligned*>(x); }
+KDFAST_INLINE Lanes<double> load_lanes(const double* x) { return *reinterpret_cast<const LanesOf<double>::Unaligned*>(x); }
+KDFAST_INLINE void store_lanes(float* to, Lanes<float> x) { *reinterpret_cast<LanesOf<float>::Unaligned*>(to) = x; }
+KDFAST_INLINE void store_lanes(double* to, Lanes<double> x) { *reinterpret_cast<LanesOf<double>::Unaligned*>(to) = x; }
+
+typedef uint16_t Half16 __attribute__((vector_size(32)));
+typedef uint32_t Word16 __attribute__((vector_size(64)));
+KDFAST_INLINE Lanes<float> load_lanes(const BFloat16Bits* x) {
+  Half16 bits;
+  std::memcpy(&bits, x, sizeof(bits));
+  return (Lanes<float>)(__builtin_convertvector(bits, Word16) << 16);
+}
+KDFAST_INLINE void store_lanes(BFloat16Bits* to, Lanes<float> x) {
+  const Word16 bits = (Word16)x;
+  const Word16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to the nearest, ties to even
+  const Half16 narrow = __builtin_convertvector(x == x ? rounded : Word16{} + 0x7fc0u, Half16);
+  std::memcpy(to, &narrow, sizeof(narrow));
+}
+KDFAST_INLINE Lanes<float> load_lanes(const HalfBits* x) {
+  float wide[16];
+#pragma omp simd
+  for (int i = 0; i < 16; ++i) wide[i] = half_to_float(x[i].bits);
+  return load_lanes(wide);
+}
+KDFAST_INLINE void store_lanes(HalfBits* to, Lanes<float> x) {
+  float wide[16];
+  store_lanes(wide, x);
+#pragma omp simd
+  for (int i = 0; i < 16; ++i) to[i].bits = float_to_half(wide[i]);
+}
+
+// Copies count < 16 numbers by powers of two: a library call costs more than the row's arithmetic.
+template <class T>
+KDFAST_INLINE void copy_some(T* to, const T* from, int64_t count) {
+  if (count & 8) std::memcpy(to, from, 8 * sizeof(T)), to += 8, from += 8;
+  if (count & 4) std::memcpy(to, from, 4 * sizeof(T)), to += 4, from += 4;
+  if (count & 2) std::memcpy(to, from, 2 * sizeof(T)), to += 2, from += 2;
+  if (count & 1) *to = *from;
+}
+// The first `count` lanes from memory, the others `otherwise`.
+template <class A, class T>
+KDFAST_INLINE Lanes<A> load_some(const T* x, int64_t count, A otherwise) {
+  T some[kCount<A>];
+  T fill;
+  narrow(otherwise, &fill);
+  for (int64_t i = 0; i < kCount<A>; ++i) some[i] = fill;
+  copy_some(some, x, count);
+  return load_lanes(some);
+}
+template <class T, class A = std::conditional_t<std::is_same_v<T, double>, double, float>>
+KDFAST_INLINE void store_some(T* to, Lanes<A> x, int64_t count) {
+  T some[kCount<A>];
+  store_lanes(some, x);
+  copy_some(to, some, count);
+}
+
+// f(j, count) for every whole vector of a row, count a constant, then once for what is left.
+template <class A, class F>
+KDFAST_INLINE void over_lanes(int64_t begin, int64_t end, const F& f) {
+  int64_t j = begin;
+  for (; j + kCount<A> <= end; j += kCount<A>) f(j, std::integral_constant<int64_t, kCount<A>>{});
+  if (j < end) f(j, end - j);
+}
+template <class T, class A, class Count>
+KDFAST_INLINE Lanes<A> load(const T* x, Count count, A otherwise) {
+  if constexpr (std::is_same_v<Count, int64_t>) return load_some<A>(x, count, otherwise);
+  else return load_lanes(x);
+}
+template <class T, class V, class Count>
+KDFAST_INLINE void store(T* to, V x, Count count) {
+  if constexpr (std::is_same_v<Count, int64_t>) store_some(to, x, count);
+  else store_lanes(to, x);
+}
+
+// Sum and maximum over the lanes, by halves: log2 steps, each in the narrower register.
+template <int N, class A>
+struct Narrower {
+  typedef A V __attribute__((vector_size(N * sizeof(A))));
+};
+template <int N, class A, class V>
+KDFAST_INLINE double sum_of(V x) {
+  if constexpr (N == 1) {
+    A only;
+    std::memcpy(&only, &x, sizeof(only));
+    return static_cast<double>(only);
+  } else {
+    typename Narrower<N / 2, A>::V half[2];
+    std::memcpy(half, &x, sizeof(half));
+    return sum_of<N / 2, A>(half[0] + half[1]);
+  }
+}
+template <int N, class A, class V>
+KDFAST_INLINE A max_of(V x) {
+  if constexpr (N == 1) {
+    A only;
+    std::memcpy(&only, &x, sizeof(only));
+    return only;
+  } else {
+    typename Narrower<N / 2, A>::V half[2];
+    std::memcpy(half, &x, sizeof(half));
+    return max_of<N / 2, A>(half[0] > half[1] ? half[0] : half[1]);
+  }
+}
+
+// A sum over a row: in lanes for some thousand columns, then in fp64.
+template <class A>
+struct Total {
+  double before = 0;
+  Lanes<A> lanes{};
+
+  inline __attribute__((always_inline)) void flush() { before += sum_of<kCount<A>, A>(lanes), lanes = Lanes<A>{}; }
+  inline __attribute__((always_inline)) double value() const { return before + sum_of<kCount<A>, A>(lanes); }
+};
+
+// 2^y; exactly 0 from y = -127 on down, NaN for NaN; y < 127. y is split into an integer n (rounded by the magic constant)
+// and f in [-1/2, 1/2]; 2^f is a minimax polynomial of degree 5 through 1 (relative error 1.6e-7 at most, 7e-8 in the
+// mean square, its rounding included), 2^n an addition to the exponent. At -127 both cancel to the bits of 0.
+KDFAST_INLINE Lanes<float> exp2_lanes(Lanes<float> y) {
+  using I = LanesOf<float>::Bits;
+  y = y < -127.0f ? broadcast(-127.0f) : y;
+  const Lanes<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23
+  const Lanes<float> shifted = y + magic;
+  const Lanes<float> f = y - (shifted - magic);
+  Lanes<float> p = broadcast(1.32646528e-3f);
+  p = p * f + 9.67151113e-3f;
+  p = p * f + 5.55073395e-2f;
+  p = p * f + 2.40222424e-1f;
+  p = p * f + 6.93147004e-1f;
+  p = p * f + 1.0f;
+  return (Lanes<float>)((I)p + ((I)shifted << 23));
+}
+KDFAST_INLINE Lanes<double> exp2_lanes(Lanes<double> y) {
+  double x[8];
+  store_lanes(x, y);
+  for (int i = 0; i < 8; ++i) x[i] = std::exp2(x[i]);
+  return load_lanes(x);
+}
+
+}  // namespace kdfast::cpu
