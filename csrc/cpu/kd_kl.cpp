@@ -79,6 +79,7 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   static thread_local std::vector<A> memory;  // kept between calls, so that no call faults pages in
   if (static_cast<int64_t>(memory.size()) < 3 * padded) memory.resize(3 * padded);
   A* const scratch = memory.data();
+  const bool stream = is_large(in.student.numel() * sizeof(T)) && n * sizeof(T) % 16 == 0;
 
   const T *student = static_cast<const T*>(in.student.data_ptr()), *teacher = static_cast<const T*>(in.teacher.data_ptr());
   const int64_t* labels = data_or_null<int64_t>(in.labels);
@@ -107,12 +108,14 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
     row.e_u = scratch, row.e_v = scratch + padded, row.spare = scratch + 2 * padded;
     row.student_grad = ds, row.teacher_grad = dt;
     row.n = n;
+    row.stream = stream;
     row.label = labels != nullptr ? labels[i] : -1;
     row.tau_s = tau_s[i], row.tau_t = tau_t[i], row.weight = weight[i];
     row.coefficient = grad != nullptr ? grad[i] : out.coefficient;
     row.temperature_grad = out.temperature_grad;
     compute(row, o, offset(loss, i), offset(stats, i * kStats));
   }
+  if (stream) stream_end();
 }
 
 // Rows over threads, at least 32k elements each: below that waking a thread costs more than it saves.

@@ -32,6 +32,7 @@ struct Row {
   double weight;                        // of this row in the loss
   double coefficient;                   // of the row's loss in the gradients
   bool temperature_grad;
+  bool stream;                          // the gradients are too large to stay in a cache, and aligned
 };
 
 // How softmax(student) comes from softmax(student / tau_s): by squaring it this often, or by its own exponential.
@@ -77,6 +78,7 @@ KDFAST_INLINE Sums<A> exponentials(const Row<T, A>& row, Unit<A> u, Unit<A> v, U
   Total<A> z_u, z_v, z_1, cross;
   for (int64_t begin = 0; begin < row.n; begin += kBlock) {
     over_lanes<A>(begin, begin + kBlock < row.n ? begin + kBlock : row.n, [&](int64_t j, auto count) KDFAST_INLINED {
+      prefetch(row.student + j), prefetch(row.teacher + j);
       const Lanes<A> s = load(row.student + j, count, kMasked), t = load(row.teacher + j, count, kMasked);
       max_s = larger(s, max_s), max_t = larger(t, max_t);
       const Lanes<A> y_u = in_units(s, u), y_v = in_units(t, v);
@@ -109,31 +111,56 @@ KDFAST_INLINE A first_shift(const T* x, int64_t n) {
   return shift;
 }
 
-// out = g_u e_u - g_v e_v + g_1 softmax(student).
+template <class O, class T, class A>
+KDFAST_INLINE bool streams(const Row<T, A>& row, const O* out) {  // scratch is read again
+  const void *to = out, *ds = row.student_grad, *dt = row.teacher_grad;
+  return row.stream && (to == ds || to == dt);
+}
+
+// Writes the gradient whose lanes j, j + 1, ... are at(j, count), less `hard` in the column `label` (-1: none).
+template <class O, class A, class At>
+KDFAST_INLINE void write_gradient(O* out, int64_t n, bool stream, int64_t label, A hard, const At& at) {
+  int64_t begin = 0;
+  if (stream) {
+    for (; begin + kCount<A> <= n; begin += kCount<A>) {
+      stream_lanes(out + begin, at(begin, std::integral_constant<int64_t, kCount<A>>{}));
+    }
+  }
+  over_lanes<A>(begin, n, [&](int64_t j, auto count) KDFAST_INLINED { store(out + j, at(j, count), count); });
+  if (label < 0) return;
+  const int64_t first = label / kCount<A> * kCount<A>;
+  A some[kCount<A>];
+  store_lanes(some, at(first, n - first < kCount<A> ? n - first : kCount<A>));
+  narrow(some[label - first] - hard, &out[label]);
+}
+
+// g_u e_u - g_v e_v + g_1 softmax(student).
 template <int Hard, class O, class T, class A>
-KDFAST_INLINE void plain_gradient(const Row<T, A>& row, O* out, Unit<A> one, double g_u, double g_v, double g_1) {
+KDFAST_INLINE void plain_gradient(const Row<T, A>& row, O* out, int64_t label, Unit<A> one, double g_u, double g_v, double g_1,
+                                  double g_label) {
   const A by_u = static_cast<A>(g_u), by_v = static_cast<A>(g_v), by_1 = static_cast<A>(g_1);
-  over_lanes<A>(0, row.n, [&](int64_t j, auto count) KDFAST_INLINED {
+  write_gradient(out, row.n, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
     const Lanes<A> e_u = load_lanes(row.e_u + j);
     Lanes<A> g = by_u * e_u - by_v * load_lanes(row.e_v + j);
     if constexpr (Hard == kOwnExp) g += by_1 * hard_exp<Hard>(e_u, load(row.student + j, count, A(0)), one);
     else if constexpr (Hard != kNoHard) g += by_1 * hard_exp<Hard>(e_u, e_u, one);
-    store(out + j, g, count);
+    return g;
   });
 }
 
 // The same in the logits of the weighing distribution: g w (r - D), r = k log w - log other. `shift` is what r - D and
 // the y of its two logits differ by.
 template <int Hard, class O, class T, class A>
-KDFAST_INLINE void weighing_gradient(const T* own, const T* other, const A* e_own, O* out, int64_t n, Unit<A> by_own,
-                                     Unit<A> by_other, Unit<A> one, A entropy, double shift, double g, double g_1) {
+KDFAST_INLINE void weighing_gradient(const Row<T, A>& row, const T* own, const T* other, const A* e_own, O* out, int64_t label,
+                                     Unit<A> by_own, Unit<A> by_other, Unit<A> one, A entropy, double shift, double g, double g_1,
+                                     double g_label) {
   const A by_g = static_cast<A>(g), by_1 = static_cast<A>(g_1), moved = static_cast<A>(shift), ln2 = static_cast<A>(kLn2);
-  over_lanes<A>(0, n, [&](int64_t j, auto count) KDFAST_INLINED {
+  write_gradient(out, row.n, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
     const Lanes<A> x = load(own + j, count, A(0)), y = load(other + j, count, A(0)), e = load_lanes(e_own + j);
     const Lanes<A> r = ln2 * (entropy * in_units(x, by_own) - in_units(y, by_other)) + moved;
     Lanes<A> d = e == A(0) ? Lanes<A>{} : by_g * e * r;
     if constexpr (Hard != kNoHard) d += by_1 * hard_exp<kOwnExp>(e, x, one);
-    store(out + j, d, count);
+    return d;
   });
 }
 
@@ -155,7 +182,8 @@ KDFAST_INLINE double centered_dot(const A* d, const A* e, const T* x, int64_t n,
   return total.before - mean.before / mass.before * sum.before;
 }
 
-// The hard target: its total mass, and sum target (student - shift). Where ds is given, -g target is added to it.
+// The hard target: its total mass, and sum target (student - shift). Where ds is given, -g target is added to it, but
+// for a label's own part, which write_gradient takes off.
 struct HardSums {
   double mass = 0, weighted = 0;
 };
@@ -166,7 +194,6 @@ KDFAST_INLINE HardSums hard_target(const Row<T, A>& row, double smoothing, A shi
   if (row.target == nullptr) {
     sums.mass = keep;
     sums.weighted = keep > 0 ? keep * static_cast<double>(widen(row.student[row.label]) - shift) : 0.0;
-    if (ds != nullptr) ds[row.label] -= g * keep;
     if (smoothing <= 0) return sums;
   }
   A spread = 0;
@@ -184,7 +211,7 @@ KDFAST_INLINE HardSums hard_target(const Row<T, A>& row, double smoothing, A shi
       if (row.target != nullptr) p += keep * load(row.target + j, count, A(0));
       mass.lanes += p;
       weighted.lanes = p != A(0) ? weighted.lanes + p * (s - shift) : weighted.lanes;
-      if (ds != nullptr) store(ds + j, load(ds + j, count, A(0)) - g * p, count);
+      if (ds != nullptr) store_lanes(ds + j, load_lanes(ds + j) - g * p);
     });
     mass.flush(), weighted.flush();
   }
@@ -218,13 +245,13 @@ KDFAST_INLINE void row_as(const Row<T, A>& row, const Options& o, A* loss, A* st
   const double shift = Reverse ? log_zv - log_zu - d : log_zu - k * log_zv - d;
   const auto plain = [&](auto* out, double g) KDFAST_INLINED {  // (other - weighing) g
     const double sign = Reverse ? -1 : 1;
-    plain_gradient<kNoHard>(row, out, one, sign * g * inverse_zu, sign * g * inverse_zv, 0);
+    plain_gradient<kNoHard>(row, out, -1, one, sign * g * inverse_zu, sign * g * inverse_zv, 0, 0);
   };
   const auto weighing = [&](auto* out, double g) KDFAST_INLINED {  // weighing (r - D) g
     if constexpr (Reverse) {
-      weighing_gradient<kNoHard>(row.student, row.teacher, row.e_u, out, row.n, u, v, one, k, shift, g * inverse_zu, 0);
+      weighing_gradient<kNoHard>(row, row.student, row.teacher, row.e_u, out, -1, u, v, one, k, shift, g * inverse_zu, 0, 0);
     } else {
-      weighing_gradient<kNoHard>(row.teacher, row.student, row.e_v, out, row.n, v, u, one, k, shift, g * inverse_zv, 0);
+      weighing_gradient<kNoHard>(row, row.teacher, row.student, row.e_v, out, -1, v, u, one, k, shift, g * inverse_zv, 0, 0);
     }
   };
 
@@ -253,25 +280,22 @@ KDFAST_INLINE void row_as(const Row<T, A>& row, const Options& o, A* loss, A* st
   if (row.teacher_grad != nullptr) Reverse ? plain(row.teacher_grad, g * inverse_t) : weighing(row.teacher_grad, g * inverse_t);
   if (row.student_grad == nullptr) return;
   const double g_1 = row.weight * row.coefficient * o.alpha, g_softmax = Hard == kNoHard ? 0.0 : g_1 * hard.mass / sums.z_1;
-  const auto student = [&](auto* out) KDFAST_INLINED {
+  const double g_label = g_1 * (1 - o.label_smoothing);
+  const auto student = [&](auto* out, int64_t label) KDFAST_INLINED {
     if constexpr (Reverse) {
-      weighing_gradient<Hard>(row.student, row.teacher, row.e_u, out, row.n, u, v, one, k, shift, g * inverse_s * inverse_zu,
-                              g_softmax);
+      weighing_gradient<Hard>(row, row.student, row.teacher, row.e_u, out, label, u, v, one, k, shift, g * inverse_s * inverse_zu,
+                              g_softmax, g_label);
     } else {
-      plain_gradient<Hard>(row, out, one, g * inverse_s * inverse_zu, g * inverse_s * inverse_zv, g_softmax);
+      plain_gradient<Hard>(row, out, label, one, g * inverse_s * inverse_zu, g * inverse_s * inverse_zv, g_softmax, g_label);
     }
   };
-  if constexpr (Hard == kNoHard) {
-    student(row.student_grad);
-  } else if constexpr (std::is_same_v<T, A>) {
-    student(row.student_grad);
-    hard_target<T, A>(row, o.label_smoothing, shift_s, row.student_grad, static_cast<A>(g_1));
-  } else {  // rounded once, when nothing more is to be added
-    student(row.spare);
+  if (Hard == kNoHard || (row.target == nullptr && o.label_smoothing <= 0)) {
+    student(row.student_grad, Hard == kNoHard ? -1 : row.label);
+  } else {  // through scratch, so that it is rounded once, when nothing more is to be added
+    student(row.spare, row.target == nullptr ? row.label : -1);
     hard_target<T, A>(row, o.label_smoothing, shift_s, row.spare, static_cast<A>(g_1));
-    over_lanes<A>(0, row.n, [&](int64_t j, auto count) KDFAST_INLINED {
-      store(row.student_grad + j, load_lanes(row.spare + j), count);
-    });
+    write_gradient(row.student_grad, row.n, row.stream, -1, A(0),
+                   [&](int64_t j, auto) KDFAST_INLINED { return load_lanes(row.spare + j); });
   }
 }
 

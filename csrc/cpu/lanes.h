@@ -9,6 +9,10 @@
 
 #include "vec.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed only to functions that are inlined
 #endif
@@ -79,6 +83,33 @@ KDFAST_INLINE void store_lanes(HalfBits* to, Lanes<float> x) {
   store_lanes(wide, x);
 #pragma omp simd
   for (int i = 0; i < 16; ++i) to[i].bits = float_to_half(wide[i]);
+}
+
+// Asks for the row's memory 8 KiB ahead of its use. The machine's own prefetching stops at every page of 4 KiB:
+// 4096 x 1000 took 40 % longer without.
+template <class T>
+KDFAST_INLINE void prefetch(const T* x) {
+  __builtin_prefetch(reinterpret_cast<const char*>(x) + 8192, 0, 2);
+}
+
+// Stores that do not first read what they overwrite, for outputs too large to stay in a cache. `to` must be aligned to 16
+// bytes; stream_end() makes them visible to other threads.
+template <class T, class V>
+KDFAST_INLINE void stream_lanes(T* to, V x) {
+#if defined(__SSE2__)
+  alignas(64) T narrow[kCount<std::conditional_t<std::is_same_v<T, double>, double, float>>];
+  store_lanes(narrow, x);
+  __m128i part[sizeof(narrow) / 16];
+  std::memcpy(part, narrow, sizeof(narrow));
+  for (size_t i = 0; i < sizeof(narrow) / 16; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, part[i]);
+#else
+  store_lanes(to, x);
+#endif
+}
+inline void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // Copies count < 16 numbers by powers of two: a library call costs more than the row's arithmetic.

@@ -11,14 +11,16 @@
 
 namespace kdfast::cpu {
 
+// Outputs from here on stay in no cache, and malloc maps each of them anew; below, it hands out warm memory of its own.
+inline bool is_large(size_t bytes) { return bytes >= (size_t{32} << 20); }
+
 inline void want_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  // From 32 MiB on malloc maps every block anew; below, it hands out warm memory of its own, best left alone.
   // A wish: where it is refused (no such pages configured) everything works as before.
-  if (bytes >= (size_t{32} << 20)) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (is_large(bytes)) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif
