@@ -108,6 +108,7 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
     row.e_u = scratch, row.e_v = scratch + padded, row.spare = scratch + 2 * padded;
     row.student_grad = ds, row.teacher_grad = dt;
     row.n = n;
+    row.more = (i + 1) * n + kCount<A> <= in.student.numel();
     row.stream = stream;
     row.label = labels != nullptr ? labels[i] : -1;
     row.tau_s = tau_s[i], row.tau_t = tau_t[i], row.weight = weight[i];

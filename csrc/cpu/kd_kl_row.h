@@ -32,6 +32,7 @@ struct Row {
   double weight;                        // of this row in the loss
   double coefficient;                   // of the row's loss in the gradients
   bool temperature_grad;
+  bool more;                            // a vector's length of the same tensors follows the row
   bool stream;                          // the gradients are too large to stay in a cache, and aligned
 };
 
@@ -77,7 +78,7 @@ KDFAST_INLINE Sums<A> exponentials(const Row<T, A>& row, Unit<A> u, Unit<A> v, U
   Lanes<A> max_s = broadcast(kMasked), max_t = broadcast(kMasked);
   Total<A> z_u, z_v, z_1, cross;
   for (int64_t begin = 0; begin < row.n; begin += kBlock) {
-    over_lanes<A>(begin, begin + kBlock < row.n ? begin + kBlock : row.n, [&](int64_t j, auto count) KDFAST_INLINED {
+    over_lanes<A>(begin, begin + kBlock < row.n ? begin + kBlock : row.n, row.more, [&](int64_t j, auto count) KDFAST_INLINED {
       prefetch(row.student + j), prefetch(row.teacher + j);
       const Lanes<A> s = load(row.student + j, count, kMasked), t = load(row.teacher + j, count, kMasked);
       max_s = larger(s, max_s), max_t = larger(t, max_t);
@@ -100,12 +101,12 @@ KDFAST_INLINE Sums<A> exponentials(const Row<T, A>& row, Unit<A> u, Unit<A> v, U
 
 // The largest of the first 64 columns; the exact one where all of them are masked.
 template <class T, class A>
-KDFAST_INLINE A first_shift(const T* x, int64_t n) {
+KDFAST_INLINE A first_shift(const T* x, int64_t n, bool more) {
   constexpr A kMasked = -std::numeric_limits<A>::infinity();
   A shift = kMasked;
   for (int64_t end = n < 64 ? n : 64; shift == kMasked && end != 0; end = end == n ? 0 : n) {
     Lanes<A> max = broadcast(kMasked);
-    over_lanes<A>(0, end, [&](int64_t j, auto count) KDFAST_INLINED { max = larger(load(x + j, count, kMasked), max); });
+    over_lanes<A>(0, end, more, [&](int64_t j, auto count) KDFAST_INLINED { max = larger(load(x + j, count, kMasked), max); });
     shift = max_of<kCount<A>, A>(max);
   }
   return shift;
@@ -119,18 +120,18 @@ KDFAST_INLINE bool streams(const Row<T, A>& row, const O* out) {  // scratch is 
 
 // Writes the gradient whose lanes j, j + 1, ... are at(j, count), less `hard` in the column `label` (-1: none).
 template <class O, class A, class At>
-KDFAST_INLINE void write_gradient(O* out, int64_t n, bool stream, int64_t label, A hard, const At& at) {
+KDFAST_INLINE void write_gradient(O* out, int64_t n, bool more, bool stream, int64_t label, A hard, const At& at) {
   int64_t begin = 0;
   if (stream) {
     for (; begin + kCount<A> <= n; begin += kCount<A>) {
-      stream_lanes(out + begin, at(begin, std::integral_constant<int64_t, kCount<A>>{}));
+      stream_lanes(out + begin, at(begin, Whole{}));
     }
   }
-  over_lanes<A>(begin, n, [&](int64_t j, auto count) KDFAST_INLINED { store(out + j, at(j, count), count); });
+  over_lanes<A>(begin, n, more, [&](int64_t j, auto count) KDFAST_INLINED { store(out + j, at(j, count), count); });
   if (label < 0) return;
   const int64_t first = label / kCount<A> * kCount<A>;
   A some[kCount<A>];
-  store_lanes(some, at(first, n - first < kCount<A> ? n - first : kCount<A>));
+  store_lanes(some, n - first < kCount<A> ? at(first, Tail{n - first, more}) : at(first, Whole{}));
   narrow(some[label - first] - hard, &out[label]);
 }
 
@@ -139,7 +140,7 @@ template <int Hard, class O, class T, class A>
 KDFAST_INLINE void plain_gradient(const Row<T, A>& row, O* out, int64_t label, Unit<A> one, double g_u, double g_v, double g_1,
                                   double g_label) {
   const A by_u = static_cast<A>(g_u), by_v = static_cast<A>(g_v), by_1 = static_cast<A>(g_1);
-  write_gradient(out, row.n, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
+  write_gradient(out, row.n, row.more, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
     const Lanes<A> e_u = load_lanes(row.e_u + j);
     Lanes<A> g = by_u * e_u - by_v * load_lanes(row.e_v + j);
     if constexpr (Hard == kOwnExp) g += by_1 * hard_exp<Hard>(e_u, load(row.student + j, count, A(0)), one);
@@ -155,7 +156,7 @@ KDFAST_INLINE void weighing_gradient(const Row<T, A>& row, const T* own, const T
                                      Unit<A> by_own, Unit<A> by_other, Unit<A> one, A entropy, double shift, double g, double g_1,
                                      double g_label) {
   const A by_g = static_cast<A>(g), by_1 = static_cast<A>(g_1), moved = static_cast<A>(shift), ln2 = static_cast<A>(kLn2);
-  write_gradient(out, row.n, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
+  write_gradient(out, row.n, row.more, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
     const Lanes<A> x = load(own + j, count, A(0)), y = load(other + j, count, A(0)), e = load_lanes(e_own + j);
     const Lanes<A> r = ln2 * (entropy * in_units(x, by_own) - in_units(y, by_other)) + moved;
     Lanes<A> d = e == A(0) ? Lanes<A>{} : by_g * e * r;
@@ -167,10 +168,10 @@ KDFAST_INLINE void weighing_gradient(const Row<T, A>& row, const T* own, const T
 // <d, y> for a gradient d of the divergence and its logits in units y, for the temperatures. d sums to zero, so y may
 // be shifted; shifted by its mean under softmax weights e, what rounding left in the sum of d does no harm.
 template <class T, class A>
-KDFAST_INLINE double centered_dot(const A* d, const A* e, const T* x, int64_t n, Unit<A> unit) {
+KDFAST_INLINE double centered_dot(const A* d, const A* e, const T* x, int64_t n, bool more, Unit<A> unit) {
   Total<A> total, sum, mean, mass;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    over_lanes<A>(begin, begin + kBlock < n ? begin + kBlock : n, [&](int64_t j, auto count) KDFAST_INLINED {
+    over_lanes<A>(begin, begin + kBlock < n ? begin + kBlock : n, more, [&](int64_t j, auto count) KDFAST_INLINED {
       const Lanes<A> y = in_units(load(x + j, count, A(0)), unit);
       const Lanes<A> g = load(d + j, count, A(0)), p = load(e + j, count, A(0));
       total.lanes = g != A(0) ? total.lanes + g * y : total.lanes;
@@ -205,7 +206,7 @@ KDFAST_INLINE HardSums hard_target(const Row<T, A>& row, double smoothing, A shi
   }
   Total<A> mass, weighted;
   for (int64_t begin = 0; begin < row.n; begin += kBlock) {
-    over_lanes<A>(begin, begin + kBlock < row.n ? begin + kBlock : row.n, [&](int64_t j, auto count) KDFAST_INLINED {
+    over_lanes<A>(begin, begin + kBlock < row.n ? begin + kBlock : row.n, row.more, [&](int64_t j, auto count) KDFAST_INLINED {
       const Lanes<A> s = load(row.student + j, count, masked);
       Lanes<A> p = s > masked ? broadcast(spread) : Lanes<A>{};
       if (row.target != nullptr) p += keep * load(row.target + j, count, A(0));
@@ -224,7 +225,7 @@ KDFAST_INLINE void row_as(const Row<T, A>& row, const Options& o, A* loss, A* st
   const double inverse_s = 1 / tau_s, inverse_t = 1 / tau_t;
   const double scale = o.scale == kTau2 ? tau_s * tau_s : o.scale == kProduct ? tau_s * tau_t : 1.0;
   const A k = o.divergence == kSoftCE ? A(0) : A(1);
-  A shift_s = first_shift<T, A>(row.student, row.n), shift_t = first_shift<T, A>(row.teacher, row.n);
+  A shift_s = first_shift<T, A>(row.student, row.n, row.more), shift_t = first_shift<T, A>(row.teacher, row.n, row.more);
   Unit<A> u(inverse_s, shift_s), v(inverse_t, shift_t), one(1.0, shift_s);
   Sums<A> sums = exponentials<Reverse, Hard>(row, u, v, one, k);
   constexpr A kFar = 8, kFarOne = 60;  // in units: what costs three digits of log z; what overflows sums of e^student
@@ -268,9 +269,9 @@ KDFAST_INLINE void row_as(const Row<T, A>& row, const Options& o, A* loss, A* st
       const double scale_s = o.scale == kTau2 ? 2 * tau_s : o.scale == kProduct ? tau_t : 0.0;
       const double scale_t = o.scale == kProduct ? tau_s : 0.0;
       Reverse ? weighing(row.spare, 1) : plain(row.spare, 1);
-      const double a_u = kLn2 * centered_dot(row.spare, row.e_u, row.student, row.n, u);
+      const double a_u = kLn2 * centered_dot(row.spare, row.e_u, row.student, row.n, row.more, u);
       Reverse ? plain(row.spare, 1) : weighing(row.spare, 1);
-      const double b_v = kLn2 * centered_dot(row.spare, row.e_v, row.teacher, row.n, v);
+      const double b_v = kLn2 * centered_dot(row.spare, row.e_v, row.teacher, row.n, row.more, v);
       stats[6] = static_cast<A>(row.weight * keep * (scale_s * d - scale * a_u * inverse_s));
       stats[7] = static_cast<A>(row.weight * keep * (scale_t * d - scale * b_v * inverse_t));
     }
@@ -294,7 +295,7 @@ KDFAST_INLINE void row_as(const Row<T, A>& row, const Options& o, A* loss, A* st
   } else {  // through scratch, so that it is rounded once, when nothing more is to be added
     student(row.spare, row.target == nullptr ? row.label : -1);
     hard_target<T, A>(row, o.label_smoothing, shift_s, row.spare, static_cast<A>(g_1));
-    write_gradient(row.student_grad, row.n, row.stream, -1, A(0),
+    write_gradient(row.student_grad, row.n, row.more, row.stream, -1, A(0),
                    [&](int64_t j, auto) KDFAST_INLINED { return load_lanes(row.spare + j); });
   }
 }
