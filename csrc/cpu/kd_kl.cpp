@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../stable.h"
+#include "kd_kl_other_row.h"
 #include "kd_kl_row.h"
 #include "pages.h"
 
@@ -27,6 +28,18 @@ KDFAST_CLONES void compute(const Row<float>& row, const Options& o, float* loss,
   compute_row(row, o, loss, stats);
 }
 void compute(const Row<double>& row, const Options& o, double* loss, double* stats) { compute_row(row, o, loss, stats); }
+KDFAST_CLONES void compute_other(const Row<float>& row, const Options& o, float* loss, float* stats) {
+  other_row(row, o, loss, stats);
+}
+void compute_other(const Row<double>& row, const Options& o, double* loss, double* stats) { other_row(row, o, loss, stats); }
+#define KDFAST_CAP(A)                                                                                              \
+  KDFAST_CLONES void cap(A* x, int64_t n, double softcap, double scale) { cap_row(x, n, softcap, scale); }         \
+  KDFAST_CLONES void uncap(A* gradient, const A* capped, int64_t n, double softcap, double scale) {                \
+    uncap_gradient(gradient, capped, n, softcap, scale);                                                           \
+  }
+KDFAST_CAP(float)
+KDFAST_CAP(double)
+#undef KDFAST_CAP
 #define KDFAST_CONVERT(T, A)                                                                                       \
   KDFAST_CLONES void load(const T* from, A* to, int64_t n, int64_t padded) { load_row(from, to, n, padded); }      \
   KDFAST_CLONES void store(const A* from, T* to, int64_t n) { store_row(from, to, n); }
@@ -78,7 +91,8 @@ template <class T, class A>
 void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   constexpr int64_t kWide = 256;  // from here on a ragged last vector costs less than a copy into padded memory
   const int64_t n = in.student.size(1), padded = (n + kLanes - 1) / kLanes * kLanes;
-  const bool direct = std::is_same_v<T, A> && (n == padded || n >= kWide);
+  const bool capped = in.softcap > 0 || in.logit_scale != 1;
+  const bool direct = std::is_same_v<T, A> && (n == padded || n >= kWide) && !capped;
   static thread_local std::vector<A> memory;  // kept between calls, so that no call faults pages in
   if (static_cast<int64_t>(memory.size()) < 6 * padded) memory.resize(6 * padded);
   A* const scratch = memory.data();
@@ -91,7 +105,8 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   A *const loss = data_or_null<A>(out.loss), *const stats = data_or_null<A>(out.stats);
   T *const student_grad = data_or_null<T>(out.student_grad), *const teacher_grad = data_or_null<T>(out.teacher_grad);
   const Options o{in.tau_s, in.tau_t, in.alpha, in.label_smoothing, in.ignore_index,
-                  static_cast<int>(in.divergence), static_cast<int>(in.scale)};
+                  static_cast<int>(in.divergence), static_cast<int>(in.scale), in.beta, in.target_weight};
+  const bool other = in.divergence >= kJSD && in.alpha < 1;
 
   for (int64_t i = begin; i < end; ++i) {
     T *const ds = offset(student_grad, i * n), *const dt = offset(teacher_grad, i * n);
@@ -118,6 +133,7 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
     if (!direct) {
       load(student + i * n, s, n, padded);
       load(teacher + i * n, t, n, padded);
+      if (capped) cap(s, n, in.softcap, in.logit_scale), cap(t, n, in.softcap, in.logit_scale);
       row.student = s, row.teacher = t;
       row.student_grad = ds != nullptr ? row.e_u : nullptr;
       row.teacher_grad = dt != nullptr ? row.spare : nullptr;
@@ -131,7 +147,10 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
     row.tau_s = tau_s[i], row.tau_t = tau_t[i], row.weight = weight[i];
     row.coefficient = grad != nullptr ? grad[i] : out.coefficient;
     row.temperature_grad = out.temperature_grad;
-    compute(row, o, offset(loss, i), offset(stats, i * kStats));
+    A *const row_loss = offset(loss, i), *const row_stats = offset(stats, i * kStats);
+    other ? compute_other(row, o, row_loss, row_stats) : compute(row, o, row_loss, row_stats);
+    if (capped && ds != nullptr) uncap(row.student_grad, s, n, in.softcap, in.logit_scale);
+    if (capped && dt != nullptr) uncap(row.teacher_grad, t, n, in.softcap, in.logit_scale);
     if (!direct && ds != nullptr) store(row.student_grad, ds, n);
     if (!direct && dt != nullptr) store(row.teacher_grad, dt, n);
   }
@@ -144,6 +163,7 @@ void run(const Inputs& in, const Outputs& out) {
     n <= grain ? some_rows(int64_t{0}, n) : torch::stable::parallel_for(0, n, grain, some_rows);
   };
   STD_TORCH_CHECK(in.alpha == 0 || in.labels.has_value() || in.target.has_value(), "kd_kl: alpha > 0 needs labels");
+  STD_TORCH_CHECK(in.divergence != kDKD || in.labels.has_value(), "kd_kl: dkd needs class indices");
   const bool contiguous = in.student.is_contiguous() && in.teacher.is_contiguous() &&
                           (!in.target.has_value() || in.target->is_contiguous()) &&
                           (out.grad == nullptr || out.grad->is_contiguous());
