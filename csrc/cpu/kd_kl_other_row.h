@@ -19,16 +19,17 @@
 
 namespace kdfast::cpu {
 
-// log x for x >= 0: x = 2^k m with m in [sqrt 1/2, sqrt 2), log m = f - f^2/2 + f^3 P(f), f = m - 1, P a minimax
-// polynomial of degree 7 (relative error of log 6e-9). Finite for x = 0, where it is weighed by 0; NaN for NaN.
-KDFAST_INLINE float log_positive(float x) {
+// log x for x >= 0, given x - 1 as well: x = 2^k m with m in [sqrt 1/2, sqrt 2), log m = f - f^2/2 + f^3 P(f),
+// f = m - 1, P a minimax polynomial of degree 7 (relative error of log 6e-9). For k = 0 f is the x - 1 given, so that
+// next to 1 it keeps digits that x has not. Finite for x = 0, where it is weighed by 0; NaN for NaN.
+KDFAST_INLINE float log_of(float x, float less_one) {
   int32_t bits;
   std::memcpy(&bits, &x, 4);
   const int32_t k = (bits - 0x3f3504f3) >> 23;
   bits -= static_cast<int32_t>(static_cast<uint32_t>(k) << 23);
   float m;
   std::memcpy(&m, &bits, 4);
-  const float f = m - 1.0f, n = static_cast<float>(k);
+  const float f = k == 0 ? less_one : m - 1.0f, n = static_cast<float>(k);
   float p = -7.6344964e-2f;
   p = p * f + 1.2761577e-1f;
   p = p * f - 1.3160182e-1f;
@@ -41,7 +42,10 @@ KDFAST_INLINE float log_positive(float x) {
   const float log_x = n * 0.693145751953125f + (f + tail);
   return x == x ? log_x : x;
 }
-KDFAST_INLINE double log_positive(double x) { return x == 0 ? 0.0 : std::log(x); }
+KDFAST_INLINE double log_of(double x, double less_one) {
+  if (x == 0) return 0.0;
+  return std::fabs(less_one) < 0.25 ? std::log1p(less_one) : std::log(x);
+}
 
 // tanh: an odd minimax polynomial of degree 11 (relative error 3e-9) for small values, where 1 - e would lose digits.
 KDFAST_INLINE float tanh_of(float x) {
@@ -120,15 +124,15 @@ KDFAST_INLINE double cross_of(const A* s, const A* t, const A* e_v, int64_t begi
 }
 
 // ---------------------------------------------------------------- jsd
-// For log(x / m) of a probability x in its mixture m: one logarithm of the ratio, so that close distributions keep
-// their digits. A mixture below the normal numbers counts for nothing: its inverse is given as 0.
+// The logarithms of q and p over their mixture m. q/m - 1 = beta (q - p)/m: distributions that nearly agree keep the
+// digits of their difference. A mixture below the normal numbers counts for nothing.
 template <class A>
 KDFAST_INLINE A inverse_of_mixture(A m) {
   return m < std::numeric_limits<A>::min() ? A(0) : A(1) / m;
 }
 
 struct MixtureSums {
-  double f = 0, h = 0, d = 0;  // <q, f>, <p, h>, and their sum, element by element never negative
+  double f = 0, h = 0, d = 0;  // <q, f>, <p, h>, and D: their sum in terms that are never negative
 };
 template <class A>
 KDFAST_INLINE MixtureSums mixture_sums(const A* e_u, const A* e_v, int64_t n, A inverse_zu, A inverse_zv, A rest, A beta) {
@@ -138,12 +142,12 @@ KDFAST_INLINE MixtureSums mixture_sums(const A* e_u, const A* e_v, int64_t n, A 
     A f = 0, h = 0, d = 0;
 #pragma omp simd reduction(+ : f, h, d)
     for (int64_t j = begin; j < end; ++j) {
-      const A q = e_u[j] * inverse_zu, p = e_v[j] * inverse_zv;
-      const A inverse = inverse_of_mixture(rest * q + beta * p);
-      const A qf = rest * q * log_positive(q * inverse), ph = beta * p * log_positive(p * inverse);
-      f += qf;
-      h += ph;
-      d += qf + ph;
+      const A q = e_u[j] * inverse_zu, p = e_v[j] * inverse_zv, inverse = inverse_of_mixture(rest * q + beta * p);
+      const A beyond_q = beta * (q - p), beyond_p = rest * (p - q);  // q - m and p - m, which cancel in D
+      const A q_log = q * log_of(q * inverse, beyond_q * inverse), p_log = p * log_of(p * inverse, beyond_p * inverse);
+      f += rest * q_log;
+      h += beta * p_log;
+      d += rest * (q_log - beyond_q) + beta * (p_log - beyond_p);
     }
     sums.f += f, sums.h += h, sums.d += d;
   }
@@ -158,7 +162,7 @@ KDFAST_INLINE void mixture_gradient(const A* e_own, const A* e_other, A* out, in
   for (int64_t j = 0; j < n; ++j) {
     const A own = e_own[j] * inverse_own, other = e_other[j] * inverse_other;
     const A inverse = inverse_of_mixture(w_own * own + w_other * other);
-    out[j] = g * own * (w_own * log_positive(own * inverse) - mean);
+    out[j] = g * own * (w_own * log_of(own * inverse, w_other * (own - other) * inverse) - mean);
   }
 }
 
@@ -226,7 +230,8 @@ struct DkdRow {
     const double target = (p == 0 ? 0 : p * (log_p - log_q)) + (not_p == 0 ? 0 : not_p * (log_not_p - log_not_q));
     by_odds_u = o.target_weight * (odds_v > 0 ? not_p - std::exp(log_not_q) : std::exp(log_q) - p);
     by_odds_v = p * not_p == 0 ? 0 : o.target_weight * p * not_p * (odds_v - odds_u);
-    const double log_ratio = std::log(z_u / z_v), rest = z_v == 0 ? 0 : cross / z_v + log_ratio;
+    const double log_ratio = std::log(z_u / z_v);
+    const double rest = z_v == 0 ? 0 : z_u == 0 ? std::numeric_limits<double>::infinity() : cross / z_v + log_ratio;
     beta = z_v == 0 ? 0 : o.beta;
     shift = z_v == 0 ? 0 : log_ratio - rest;
     d = o.target_weight * target + o.beta * rest;

@@ -83,6 +83,8 @@ def generalized_jsd_loss(
     """
     check.fraction("beta", beta)
     check.choice("reduction", reduction, ("batchmean", "mean", "sum"))
+    if labels is not None and labels.is_floating_point():
+        raise TypeError(f"labels must be class indices, got {labels.dtype}.")
     if 0 < beta < 1:
         options = {"divergence": "jsd", "beta": beta}
     else:

@@ -19,7 +19,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 
 def softmax_jacobian(p: Tensor, x: Tensor) -> Tensor:
@@ -64,8 +63,8 @@ class KL:
 class JSD:
     """With f = (1 - beta) log(q / m), h = beta log(p / m):  a = q (f - <q, f>),  b = p (h - <p, h>),  D = <q, f> + <p, h>.
 
-    The logarithms are made of x = log p - log q alone, log(p / m) = - log(beta + (1 - beta) e^-x): where the two agree
-    x is small and keeps the digits that two logarithms of small probabilities would lose.
+    Both logarithms are made of x = log p - log q alone: the share w = beta p / m of the teacher in the mixture is
+    sigmoid(x + log beta - log(1 - beta)), log(p / m) = log w - log beta, log(q / m) = log(1 - w) - log(1 - beta).
     """
 
     def __init__(self, log_q: Tensor, log_p: Tensor, beta: float):
@@ -73,13 +72,11 @@ class JSD:
         p_is_0, q_is_0 = self.p == 0, self.q == 0
         x = (log_p - log_q).masked_fill(p_is_0 | q_is_0, 0)
         of_p, of_q = math.log(beta), math.log1p(-beta)
-        log_beta, log_rest = (torch.full((), z, dtype=x.dtype, device=x.device) for z in (of_p, of_q))
-        h = -beta * torch.logaddexp(log_beta, log_rest - x)
-        f = (beta - 1) * torch.logaddexp(log_rest, log_beta + x)
+        log_w, log_rest = torch.stack([x + of_p, torch.full_like(x, of_q)]).log_softmax(0)
         # Where one is 0 the mixture is a multiple of the other; 0 log 0 = 0.
-        self.h = h.masked_fill(q_is_0, -beta * of_p).masked_fill(p_is_0, 0)
-        self.f = f.masked_fill(p_is_0, (beta - 1) * of_q).masked_fill(q_is_0, 0)
-        self.share = torch.sigmoid(x + (of_p - of_q)).masked_fill(q_is_0, 1).masked_fill(p_is_0, 0)  # beta p / m
+        self.h = (beta * (log_w - of_p)).masked_fill(q_is_0, -beta * of_p).masked_fill(p_is_0, 0)
+        self.f = ((1 - beta) * (log_rest - of_q)).masked_fill(p_is_0, (beta - 1) * of_q).masked_fill(q_is_0, 0)
+        self.w = log_w.exp().masked_fill(q_is_0, 1).masked_fill(p_is_0, 0)
 
     def _means(self) -> tuple[Tensor, Tensor]:
         return (self.q * self.f).sum(-1, keepdim=True), (self.p * self.h).sum(-1, keepdim=True)
@@ -96,8 +93,8 @@ class JSD:
         p, q, f, h, (mean_f, mean_h) = self.p, self.q, self.f, self.h, self._means()
         p_dot, q_dot = softmax_jacobian(p, v_dot), softmax_jacobian(q, u_dot)
         x_dot = v_dot - (p * v_dot).sum(-1, keepdim=True) - u_dot + (q * u_dot).sum(-1, keepdim=True)
-        f_dot = (self.beta - 1) * self.share * x_dot
-        h_dot = self.beta * (1 - self.share) * x_dot
+        f_dot = (self.beta - 1) * self.w * x_dot
+        h_dot = self.beta * (1 - self.w) * x_dot
         mean_f_dot = (q_dot * f + q * f_dot).sum(-1, keepdim=True)
         mean_h_dot = (p_dot * h + p * h_dot).sum(-1, keepdim=True)
         by_u = q_dot * (f - mean_f) + q * (f_dot - mean_f_dot)
@@ -106,8 +103,8 @@ class JSD:
 
 
 class DKD:
-    """Two KLs: of the pair (t, the others together), whose logits are (odds, 0), odds = u_t - log sum_{j != t} e^u_j,
-    and of the others among themselves. As d odds / du = e_t - q^ (e_t: one at the label),
+    """Two KLs: of the pair (t, the others together), whose logits are (u_t, log sum_{j != t} e^u_j), and of the others
+    among themselves. With odds the difference of the pair's logits, d odds / du = e_t - q^ (e_t: one at the label), so
 
         a = target_weight dT/d odds (e_t - q^) + beta dN/du
 
@@ -116,10 +113,10 @@ class DKD:
 
     def __init__(self, u: Tensor, v: Tensor, at_label: Tensor, beta: float, target_weight: float):
         self.beta, self.target_weight, self.at_label = beta, target_weight, at_label.to(u.dtype)
-        odds_u, log_q, _ = _split(u, at_label)
-        odds_v, log_p, alone = _split(v, at_label)
-        self.others = ~alone
-        self.target = KL(*(torch.cat([logsigmoid(z), logsigmoid(-z)], -1) for z in (odds_u, odds_v)))
+        log_q_pair, log_q, _ = _split(u, at_label)
+        log_p_pair, log_p, alone = _split(v, at_label)
+        self.others = (~alone).to(u.dtype)
+        self.target = KL(log_q_pair, log_p_pair)
         self.rest = KL(log_q, log_p)
 
     def value(self) -> Tensor:
@@ -155,9 +152,9 @@ class DKD:
 
 
 def _split(z: Tensor, at_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(odds of the label [rows, 1], log softmax over the others [rows, classes], is there no other [rows, 1])."""
+    """(log of (p_t, 1 - p_t) [rows, 2], log softmax over the others [rows, classes], is there no other [rows, 1])."""
     label = z.masked_fill(~at_label, 0).sum(-1, keepdim=True)
     others = z.masked_fill(at_label, -torch.inf)
     alone = (others == -torch.inf).all(-1, keepdim=True)
     total = others.masked_fill(alone, 0).logsumexp(-1, keepdim=True).masked_fill(alone, -torch.inf)
-    return label - total, (others - total).masked_fill(others == -torch.inf, -torch.inf), alone
+    return torch.cat([label, total], -1).log_softmax(-1), (others - total).masked_fill(others == -torch.inf, -torch.inf), alone
