@@ -61,7 +61,7 @@ class KL:
 
 
 class JSD:
-    """With f = (1 - beta) log(q / m), h = beta log(p / m):  a = q (f - <q, f>),  b = p (h - <p, h>),  D = <q, f> + <p, h>.
+    """f = (1 - beta) log(q / m), h = beta log(p / m):  a = q (f - <q, f>),  b = p (h - <p, h>),  D = <q, f> + <p, h>.
 
     Both logarithms are made of x = log p - log q alone: the share w = beta p / m of the teacher in the mixture is
     sigmoid(x + log beta - log(1 - beta)), log(p / m) = log w - log beta, log(q / m) = log(1 - w) - log(1 - beta).
@@ -157,4 +157,5 @@ def _split(z: Tensor, at_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     others = z.masked_fill(at_label, -torch.inf)
     alone = (others == -torch.inf).all(-1, keepdim=True)
     total = others.masked_fill(alone, 0).logsumexp(-1, keepdim=True).masked_fill(alone, -torch.inf)
-    return torch.cat([label, total], -1).log_softmax(-1), (others - total).masked_fill(others == -torch.inf, -torch.inf), alone
+    log_others = (others - total).masked_fill(others == -torch.inf, -torch.inf)
+    return torch.cat([label, total], -1).log_softmax(-1), log_others, alone
