@@ -2,7 +2,7 @@
 
 from kdfast import _native  # noqa: F401  (first: it registers the compiled kernels)
 from kdfast.backends import show_backends
-from kdfast.losses import KDLoss, kd_loss
+from kdfast.losses import KDLoss, dkd_loss, generalized_jsd_loss, kd_loss
 from kdfast.meta import MetaStepReport, Process, exact_hypergradient, meta_kd_step
 from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
 
@@ -16,7 +16,9 @@ __all__ = [
     "KDLoss",
     "MetaStepReport",
     "Process",
+    "dkd_loss",
     "exact_hypergradient",
+    "generalized_jsd_loss",
     "kd_loss",
     "meta_kd_step",
     "show_backends",

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../stable.h"
+#include "kd_kl_other_row.h"
 #include "kd_kl_row.h"
 #include "pages.h"
 
@@ -34,6 +35,28 @@ KDFAST_ROW(HalfBits, float)
 void compute(const Row<double, double>& row, const Options& o, double* loss, double* stats) {
   compute_row(row, o, loss, stats);
 }
+KDFAST_CLONES void compute_other(const Row<float, float>& row, const Options& o, float* loss, float* stats) {
+  other_row(row, o, loss, stats);
+}
+void compute_other(const Row<double, double>& row, const Options& o, double* loss, double* stats) {
+  other_row(row, o, loss, stats);
+}
+#define KDFAST_CAP(A)                                                                                              \
+  KDFAST_CLONES void cap(A* x, int64_t n, double softcap, double scale) { cap_row(x, n, softcap, scale); }         \
+  KDFAST_CLONES void uncap(A* gradient, const A* capped, int64_t n, double softcap, double scale) {                \
+    uncap_gradient(gradient, capped, n, softcap, scale);                                                           \
+  }
+KDFAST_CAP(float)
+KDFAST_CAP(double)
+#undef KDFAST_CAP
+#define KDFAST_CONVERT(T, A)                                                                                       \
+  KDFAST_CLONES void load(const T* from, A* to, int64_t n, int64_t padded) { load_row(from, to, n, padded); }      \
+  KDFAST_CLONES void store(const A* from, T* to, int64_t n) { store_row(from, to, n); }
+KDFAST_CONVERT(float, float)
+KDFAST_CONVERT(double, double)
+KDFAST_CONVERT(BFloat16Bits, float)
+KDFAST_CONVERT(HalfBits, float)
+#undef KDFAST_CONVERT
 
 struct Inputs {
   Tensor student, teacher;                                      // [rows, classes]
@@ -76,10 +99,13 @@ T* offset(T* x, int64_t by) {
 template <class T, class A>
 void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   const int64_t n = in.student.size(1), padded = (n + kCount<A> - 1) / kCount<A> * kCount<A>;
+  const bool capped = in.softcap > 0 || in.logit_scale != 1, other = in.divergence >= kJSD && in.alpha < 1;
+  const bool staged = capped || other;  // the row is first copied, widened and capped
   static thread_local std::vector<A> memory;  // kept between calls, so that no call faults pages in
-  if (static_cast<int64_t>(memory.size()) < 3 * padded) memory.resize(3 * padded);
+  const int64_t needed = (staged ? 8 : 3) * padded;
+  if (static_cast<int64_t>(memory.size()) < needed) memory.resize(needed);
   A* const scratch = memory.data();
-  const bool stream = is_large(in.student.numel() * sizeof(T)) && n * sizeof(T) % 16 == 0;
+  const bool stream = !staged && is_large(in.student.numel() * sizeof(T)) && n * sizeof(T) % 16 == 0;
 
   const T *student = static_cast<const T*>(in.student.data_ptr()), *teacher = static_cast<const T*>(in.teacher.data_ptr());
   const int64_t* labels = data_or_null<int64_t>(in.labels);
@@ -88,7 +114,7 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   A *const loss = data_or_null<A>(out.loss), *const stats = data_or_null<A>(out.stats);
   T *const student_grad = data_or_null<T>(out.student_grad), *const teacher_grad = data_or_null<T>(out.teacher_grad);
   const Options o{in.tau_s, in.tau_t, in.alpha, in.label_smoothing, in.ignore_index,
-                  static_cast<int>(in.divergence), static_cast<int>(in.scale)};
+                  static_cast<int>(in.divergence), static_cast<int>(in.scale), in.beta, in.target_weight};
 
   for (int64_t i = begin; i < end; ++i) {
     T *const ds = offset(student_grad, i * n), *const dt = offset(teacher_grad, i * n);
@@ -106,15 +132,39 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
     Row<T, A> row{};
     row.student = student + i * n, row.teacher = teacher + i * n, row.target = offset(target, i * n);
     row.e_u = scratch, row.e_v = scratch + padded, row.spare = scratch + 2 * padded;
-    row.student_grad = ds, row.teacher_grad = dt;
     row.n = n;
-    row.more = (i + 1) * n + kCount<A> <= in.student.numel();
-    row.stream = stream;
     row.label = labels != nullptr ? labels[i] : -1;
     row.tau_s = tau_s[i], row.tau_t = tau_t[i], row.weight = weight[i];
     row.coefficient = grad != nullptr ? grad[i] : out.coefficient;
     row.temperature_grad = out.temperature_grad;
-    compute(row, o, offset(loss, i), offset(stats, i * kStats));
+    row.student_grad = ds, row.teacher_grad = dt;
+    row.more = (i + 1) * n + kCount<A> <= in.student.numel();
+    row.stream = stream;
+    A *const row_loss = offset(loss, i), *const row_stats = offset(stats, i * kStats);
+    if (!staged) {
+      compute(row, o, row_loss, row_stats);
+      continue;
+    }
+
+    A *const buffers = scratch + 3 * padded, *const s = buffers, *const t = buffers + padded;
+    load(row.student, s, n, padded);
+    load(row.teacher, t, n, padded);
+    if (capped) cap(s, n, in.softcap, in.logit_scale), cap(t, n, in.softcap, in.logit_scale);
+    Row<A, A> copy{s, t, row.target, row.e_u, row.e_v, row.spare};
+    if (target != nullptr) {
+      copy.target = std::copy_n(row.target, n, buffers + 2 * padded) - n;
+      std::fill(buffers + 2 * padded + n, buffers + 3 * padded, A(0));
+    }
+    copy.n = padded;
+    copy.label = row.label, copy.tau_s = row.tau_s, copy.tau_t = row.tau_t, copy.weight = row.weight;
+    copy.coefficient = row.coefficient, copy.temperature_grad = row.temperature_grad, copy.more = true;
+    copy.student_grad = ds != nullptr ? buffers + 3 * padded : nullptr;
+    copy.teacher_grad = dt != nullptr ? buffers + 4 * padded : nullptr;
+    other ? compute_other(copy, o, row_loss, row_stats) : compute(copy, o, row_loss, row_stats);
+    if (capped && ds != nullptr) uncap(copy.student_grad, s, n, in.softcap, in.logit_scale);
+    if (capped && dt != nullptr) uncap(copy.teacher_grad, t, n, in.softcap, in.logit_scale);
+    if (ds != nullptr) store(copy.student_grad, ds, n);
+    if (dt != nullptr) store(copy.teacher_grad, dt, n);
   }
   if (stream) stream_end();
 }
@@ -126,6 +176,7 @@ void run(const Inputs& in, const Outputs& out) {
     n <= grain ? some_rows(int64_t{0}, n) : torch::stable::parallel_for(0, n, grain, some_rows);
   };
   STD_TORCH_CHECK(in.alpha == 0 || in.labels.has_value() || in.target.has_value(), "kd_kl: alpha > 0 needs labels");
+  STD_TORCH_CHECK(in.divergence != kDKD || in.labels.has_value(), "kd_kl: dkd needs class indices");
   const bool contiguous = in.student.is_contiguous() && in.teacher.is_contiguous() &&
                           (!in.target.has_value() || in.target->is_contiguous()) &&
                           (out.grad == nullptr || out.grad->is_contiguous());

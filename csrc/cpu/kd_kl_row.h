@@ -10,13 +10,14 @@
 namespace kdfast::cpu {
 
 constexpr int64_t kStats = 8;  // the layout stands in kdfast/reference/kd_kl.py
-enum Divergence { kForwardKL = 0, kReverseKL = 1, kSoftCE = 2 };
+enum Divergence { kForwardKL = 0, kReverseKL = 1, kSoftCE = 2, kJSD = 3, kDKD = 4 };
 enum Scale { kTau2 = 0, kProduct = 1, kNone = 2 };
 
 struct Options {
   double tau_s, tau_t, alpha, label_smoothing;
   int64_t ignore_index;
   int divergence, scale;
+  double beta, target_weight;
 };
 
 // One row. T is the storage type of the logits and their gradients, A that of the arithmetic.

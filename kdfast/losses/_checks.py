@@ -53,6 +53,40 @@ def fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}.")
 
 
+def positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a positive number, got {type(value).__name__}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+    return float(value)
+
+
+def divergence_weights(divergence: str, beta: float | None, target_weight: float) -> tuple[float, float]:
+    """(beta, target_weight), beta's default filled in; given for a divergence that has none, they are a mistake."""
+    for name, value in (("beta", 0.0 if beta is None else beta), ("target_weight", target_weight)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {value}.")
+    if divergence not in ("jsd", "dkd") and beta is not None:
+        raise ValueError(f"beta belongs to divergence='jsd' and 'dkd', got divergence={divergence!r}; leave it out.")
+    if divergence != "dkd" and target_weight != 1:
+        raise ValueError(f"target_weight belongs to divergence='dkd', got divergence={divergence!r}; leave it out.")
+    if divergence == "jsd" and beta is not None and not 0 < beta < 1:
+        raise ValueError(
+            f"beta must lie strictly between 0 and 1 for divergence='jsd', got {beta}; at its ends use 'forward_kl' "
+            "(0) or 'reverse_kl' (1)."
+        )
+    return (8.0 if divergence == "dkd" else 0.5) if beta is None else float(beta), float(target_weight)
+
+
+def class_indices(labels: Tensor | None, logits: Tensor) -> None:
+    if labels is None or labels.is_floating_point():
+        came = "none" if labels is None else "probabilities; pass labels.argmax(-1)"
+        rows = ", ".join(map(str, logits.shape[:-1]))
+        raise ValueError(f"divergence='dkd' needs labels as class indices [{rows}], for alpha=0 too, got {came}.")
+
+
 def temperature(name: str, value: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
     """(the number, None), or (1.0, the tensor as [1] or [rows])."""
     if not isinstance(value, Tensor):

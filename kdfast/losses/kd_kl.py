@@ -9,7 +9,7 @@ from kdfast.losses import _checks as check
 from kdfast.ops.kd_kl import kd_kl
 from kdfast.reference.kd_kl import Options, accumulate_dtype
 
-DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "soft_ce": 2}
+DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "soft_ce": 2, "jsd": 3, "dkd": 4}
 SCALES = {"tau2": 0, "product": 1, "none": 2}
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -28,6 +28,10 @@ def kd_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "batchmean",
+    beta: float | None = None,
+    target_weight: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> Tensor:  # scalar, or [...] for reduction="none"
     """How far the student's softened class probabilities are from the teacher's, plus the hard-label loss.
 
@@ -48,14 +52,23 @@ def kd_loss(
         teacher_temperature: tau_t > 0; ``None`` means the student's.
         scale: factor on the divergence: ``"tau2"`` (tau_s squared, Hinton's), ``"product"`` (tau_s tau_t),
             or ``"none"``.
-        divergence: ``"forward_kl"`` KL(teacher || student), ``"reverse_kl"`` KL(student || teacher), or
-            ``"soft_ce"`` (cross-entropy between the two, which is forward KL plus the teacher's entropy).
+        divergence: ``"forward_kl"`` KL(teacher || student), ``"reverse_kl"`` KL(student || teacher),
+            ``"soft_ce"`` (cross-entropy between the two, which is forward KL plus the teacher's entropy),
+            ``"jsd"`` (generalised Jensen-Shannon: beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture
+            m = beta teacher + (1 - beta) student), or ``"dkd"`` (decoupled: target_weight times the KL of the labelled
+            class against all others together, plus beta times the KL among the others; needs class-index labels, for
+            ``alpha=0`` too).
         weight: one factor a row ``[...]``.
         ignore_index: the label of rows to leave out.
         label_smoothing: in ``[0, 1]``; its mass goes evenly to the classes that are not masked.
         reduction: ``"batchmean"`` sums the rows and divides by the size of the first dimension, as
             ``torch.nn.functional.kl_div`` does; ``"mean"`` divides by the number of rows that are not
             ignored (for tokens or pixels); ``"sum"``; or ``"none"``. Over no rows the loss is 0.
+        beta: for ``"jsd"`` in (0, 1), 0.5 unless given; for ``"dkd"`` at least 0, 8 unless given.
+        target_weight: at least 0; for ``"dkd"`` only.
+        softcap: both networks' logits x become ``softcap * tanh(x / softcap)`` before anything else, the hard-label
+            loss included; ``None``: they stay. A masked class stays masked.
+        logit_scale: factor > 0 on both networks' logits, before the softcap.
 
     Returns:
         A scalar, or ``[...]`` for ``reduction="none"``; fp32, or fp64 for fp64 logits.
@@ -65,7 +78,9 @@ def kd_loss(
             NaN in the teacher are found in eager code on the CPU at no cost, by the NaN they make in the loss; on a
             GPU the check would wait for the device and is made only under ``KDFAST_CHECK_VALUES=1``.
 
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531);
+        ``"jsd"``: Agarwal et al., "On-Policy Distillation of Language Models", 2023 (arXiv:2306.13649);
+        ``"dkd"``: Zhao et al., "Decoupled Knowledge Distillation", 2022 (arXiv:2203.08679).
 
     Example:
         >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
@@ -86,6 +101,11 @@ def kd_loss(
     else:
         tau_t, tau_t_tensor = check.temperature("teacher_temperature", teacher_temperature, student_logits)
     indices, target = check.labels(labels, student_logits)
+    beta, target_weight = check.divergence_weights(divergence, beta, target_weight)
+    if divergence == "dkd":
+        check.class_indices(labels, student_logits)
+    softcap = 0.0 if softcap is None else check.positive("softcap", softcap)
+    logit_scale = check.positive("logit_scale", logit_scale)
     check.values(student_logits, teacher_logits, indices, ignore_index)
     learned_weight = None
     if weight is not None:
@@ -102,7 +122,10 @@ def kd_loss(
         dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
         student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
     alpha = 0.0 if labels is None else float(alpha)
-    options = Options(tau_s, tau_t, alpha, float(label_smoothing), ignore_index, DIVERGENCES[divergence], SCALES[scale])
+    options = Options(
+        tau_s, tau_t, alpha, float(label_smoothing), ignore_index, DIVERGENCES[divergence], SCALES[scale],
+        beta, target_weight, softcap, logit_scale,
+    )  # fmt: skip
 
     coefficient = None if reduction == "none" or learned_weight is not None else 1.0
     if reduction == "batchmean":

@@ -1,9 +1,9 @@
-"""Bad input to kd_loss: one clear sentence each, by its text, and nothing is lost."""
+"""Bad input to kd_loss and its drop-ins: one clear sentence each, by its text, and nothing is lost."""
 
 import pytest
 import torch
 
-from kdfast import kd_loss
+from kdfast import generalized_jsd_loss, kd_loss
 
 S, T = torch.randn(4, 5), torch.randn(4, 5)
 LABELS = torch.tensor([0, 1, 2, 4])
@@ -115,7 +115,7 @@ CASES = {
     ),
     "divergence": (
         ValueError,
-        r"divergence must be one of 'forward_kl', 'reverse_kl', 'soft_ce', got 'kl'\.",
+        r"divergence must be one of 'forward_kl', 'reverse_kl', 'soft_ce', 'jsd', 'dkd', got 'kl'\.",
         lambda: kd_loss(S, T, divergence="kl"),
     ),
     "scale": (
@@ -132,6 +132,69 @@ CASES = {
         ValueError,
         r"weight must hold one value a row \[4\], got \[5\]\.",
         lambda: kd_loss(S, T, weight=torch.ones(5)),
+    ),
+    "beta for a KL": (
+        ValueError,
+        r"beta belongs to divergence='jsd' and 'dkd', got divergence='forward_kl'; leave it out\.",
+        lambda: kd_loss(S, T, beta=0.5),
+    ),
+    "beta at its end": (
+        ValueError,
+        r"beta must lie strictly between 0 and 1 for divergence='jsd', got 1; at its ends use 'forward_kl' \(0\) or "
+        r"'reverse_kl' \(1\)\.",
+        lambda: kd_loss(S, T, divergence="jsd", beta=1),
+    ),
+    "beta negative": (
+        ValueError,
+        r"beta must be at least 0 and finite, got -1\.0\.",
+        lambda: kd_loss(S, T, LABELS, divergence="dkd", beta=-1.0),
+    ),
+    "beta a tensor": (
+        TypeError,
+        r"beta must be a number, got Tensor\.",
+        lambda: kd_loss(S, T, divergence="jsd", beta=torch.tensor(0.5)),
+    ),
+    "target weight for a KL": (
+        ValueError,
+        r"target_weight belongs to divergence='dkd', got divergence='jsd'; leave it out\.",
+        lambda: kd_loss(S, T, divergence="jsd", target_weight=2.0),
+    ),
+    "dkd without labels": (
+        ValueError,
+        r"divergence='dkd' needs labels as class indices \[4\], for alpha=0 too, got none\.",
+        lambda: kd_loss(S, T, divergence="dkd"),
+    ),
+    "dkd on probabilities": (
+        ValueError,
+        r"divergence='dkd' needs labels as class indices \[4\], for alpha=0 too, got probabilities; pass "
+        r"labels\.argmax\(-1\)\.",
+        lambda: kd_loss(S, T, T.softmax(-1), divergence="dkd"),
+    ),
+    "dkd's labels out of range": (
+        ValueError,
+        r"labels must be in \[0, 5\) or ignore_index \(-100\), got 5\.",
+        lambda: kd_loss(S, T, LABELS + 1, divergence="dkd", alpha=0.0),
+    ),
+    "softcap": (ValueError, r"softcap must be positive and finite, got 0\.", lambda: kd_loss(S, T, softcap=0)),
+    "softcap a tensor": (
+        TypeError,
+        r"softcap must be a positive number, got Tensor\.",
+        lambda: kd_loss(S, T, softcap=torch.tensor(30.0)),
+    ),
+    "logit scale": (
+        ValueError,
+        r"logit_scale must be positive and finite, got -1\.",
+        lambda: kd_loss(S, T, logit_scale=-1),
+    ),
+    "jsd's rows have no matrix": (
+        ValueError,
+        r"reduction must be one of 'batchmean', 'mean', 'sum', got 'none'\.",
+        lambda: generalized_jsd_loss(S, T, reduction="none"),
+    ),
+    "jsd's labels": (
+        TypeError,
+        r"labels must be class indices, got torch\.float32\.",
+        lambda: generalized_jsd_loss(S, T, T.softmax(-1)),
     ),
     "NaN teacher": (
         ValueError,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype
+from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, cap, kd_kl_gradient
 from kdfast.reference.kd_kl import kd_kl as definition
 
 INF, NAN = math.inf, math.nan
@@ -38,7 +38,7 @@ class Case:
         return f"{self.regime}-{self.rows}x{self.classes}-{str(self.dtype).removeprefix('torch.')}"
 
 
-REVERSE, SOFT_CE = {"divergence": 1}, {"divergence": 2}
+REVERSE, SOFT_CE, JSD, DKD = {"divergence": 1}, {"divergence": 2}, {"divergence": 3}, {"divergence": 4, "beta": 8.0}
 PRODUCT, UNSCALED = {"scale": 1}, {"scale": 2}
 
 
@@ -95,7 +95,31 @@ CASES = [
     Case("wide_reverse_bf16", 2, 8200, _options(**REVERSE), torch.bfloat16, temperatures="one"),
     Case("wide_target", 2, 5003, _options(alpha=0.6, label_smoothing=0.1), hard="target", masked=True),
     Case("wide_fp64", 2, 4099, _options(alpha=0.5), torch.float64, "ignored", masked=True),
-]
+    # The mixture, and the label apart: alone, with hard labels, masked, stored otherwise, in several tiles.
+    Case("jsd", 3, 37, _options(**JSD), temperatures="rows"),
+    Case("jsd_labels", 4, 50, _options(alpha=0.5, label_smoothing=0.1, beta=0.2, **JSD), hard="labels", weight=True),
+    Case("jsd_masked", 4, 29, _options(alpha=0.3, **JSD, **PRODUCT), hard="target", masked=True, temperatures="one"),
+    Case("jsd_bf16", 3, 45, _options(beta=0.9, **JSD, **UNSCALED), torch.bfloat16, "ignored"),
+    Case("jsd_wide", 2, 9001, _options(**JSD), hard="labels", temperatures="rows"),
+    Case("jsd_wide_fp64", 2, 4099, _options(alpha=0.5, **JSD), torch.float64, "labels", masked=True),
+    Case("dkd", 3, 37, _options(**DKD), hard="labels", temperatures="rows"),
+    Case("dkd_hard", 6, 33, _options(alpha=0.4, target_weight=2.0, **DKD, **PRODUCT), hard="ignored", weight=True),
+    Case(
+        "dkd_masked", 4, 29, _options(alpha=0.3, label_smoothing=0.1, **DKD),
+        hard="labels", masked=True, temperatures="one",
+    ),
+    Case("dkd_fp16", 3, 61, _options(target_weight=0.0, **DKD, **UNSCALED), torch.float16, "labels"),
+    Case("dkd_one_class", 3, 1, _options(alpha=0.5, **DKD), hard="labels", temperatures="one"),
+    Case("dkd_wide_bf16", 2, 8200, _options(**DKD), torch.bfloat16, "labels", temperatures="one"),
+    Case("dkd_wide_fp64", 2, 4099, _options(alpha=0.5, **DKD), torch.float64, "ignored", masked=True),
+    # Logits capped and scaled.
+    Case("capped", 5, 20, _options(alpha=0.5, softcap=5.0, logit_scale=0.5), hard="labels", temperatures="rows"),
+    Case("capped_reverse", 4, 50, _options(softcap=30.0, **REVERSE), masked=True, temperatures="one", weight=True),
+    Case("capped_jsd_bf16", 3, 64, _options(alpha=0.2, softcap=8.0, **JSD), torch.bfloat16, "labels"),
+    Case("capped_dkd_fp64", 4, 31, _options(softcap=6.0, **DKD), torch.float64, "ignored", temperatures="rows"),
+    Case("capped_wide", 2, 5003, _options(softcap=30.0, alpha=0.5, label_smoothing=0.1), hard="target", masked=True),
+    Case("scaled", 4, 50, _options(logit_scale=0.25, alpha=0.5), hard="target", temperatures="one", masked=True),
+]  # fmt: skip
 
 
 def make(case: Case, device="cpu") -> tuple:
@@ -169,9 +193,11 @@ def check(case: Case, forward, backward, device="cpu", truncates: bool = False) 
     eager = autograd(tensors, case.options, grad)
     ours, stats = run(forward, backward, tensors, case.options, grad)
     # What a number is made of: a temperature's gradient is a sum that all but cancels, of dD/du * u.
+    capped = (*(cap(z.double(), case.options) for z in tensors[:2]), *tensors[2:])
+    by_capped = autograd(capped, case.options._replace(softcap=0.0, logit_scale=1.0), grad, torch.float64)[1:3]
     terms = [
-        None if tau is None else ((g * z.double().masked_fill(z == -INF, 0)).abs().sum(-1) / tau.double()).sum()
-        for g, z, tau in zip(truth[1:3], tensors[:2], tensors[2:4], strict=True)
+        None if tau is None else ((g * z.masked_fill(z == -INF, 0)).abs().sum(-1) / tau.double()).sum()
+        for g, z, tau in zip(by_capped, capped[:2], tensors[2:4], strict=True)
     ]
     magnitudes = [x if x is None else x.abs().max() for x in truth[:3]] + terms
     for name, x, t, e, m in zip(("loss", *NAMES), ours, truth, eager, magnitudes, strict=True):
@@ -197,9 +223,14 @@ def compare(name: str, ours, truth, eager, magnitude: float, truncates: bool) ->
 
 
 def statistics(case: Case, stats: torch.Tensor, tensors: tuple) -> None:
-    """The columns the loss needs, of the rows that count; zero everywhere else."""
+    """The columns the loss needs, of the rows that count; zero everywhere else. For jsd and dkd they are a kernel's
+    own affair, as the backward they are for."""
+    assert stats.shape == (case.rows, STATS)
     student, teacher, tau_s, tau_t, labels, *_ = (x if x is None else x.double().cpu() for x in tensors)
     o = case.options
+    if o.divergence > 2 and o.alpha < 1:
+        return
+    student, teacher = cap(student, o), cap(teacher, o)
     u, v = (
         z / (tau if x is None else x.unsqueeze(-1))
         for z, tau, x in ((student, o.tau_s, tau_s), (teacher, o.tau_t, tau_t))
@@ -217,33 +248,51 @@ def statistics(case: Case, stats: torch.Tensor, tensors: tuple) -> None:
     if labels is not None:
         want[labels == o.ignore_index] = 0
     tolerance = 1e-12 if stats.dtype == torch.float64 else 1e-5
-    assert stats.shape == (case.rows, STATS)
     torch.testing.assert_close(stats.double().cpu()[:, :6], want[:, :6], rtol=tolerance, atol=tolerance)
 
 
 # ---------------------------------------------------------------- the edges, each a function of the kernels
 def ignored_rows_may_hold_anything(forward, backward, device="cpu") -> None:
-    case = Case("ignored", 4, 19, _options(alpha=0.5, label_smoothing=0.1), hard="labels", temperatures="rows")
-    tensors = make(case, device)
-    tensors[4][1:3] = case.options.ignore_index
-    for x in (tensors[0][1], tensors[1][2]):
-        x.fill_(NAN)
-    (loss, *grads), stats = run(forward, backward, tensors, case.options, torch.ones(4).to(device))
-    for x in (loss, *grads, stats):
-        assert (x[1:3] == 0).all()
-        assert x[[0, 3]].isfinite().all()
+    for divergence in (0, 3, 4):
+        options = _options(alpha=0.5, label_smoothing=0.1, divergence=divergence)
+        tensors = make(Case("ignored", 4, 19, options, hard="labels", temperatures="rows"), device)
+        tensors[4][1:3] = options.ignore_index
+        for x in (tensors[0][1], tensors[1][2]):
+            x.fill_(NAN)
+        (loss, *grads), stats = run(forward, backward, tensors, options, torch.ones(4).to(device))
+        for x in (loss, *grads, stats):
+            assert (x[1:3] == 0).all()
+            assert x[[0, 3]].isfinite().all()
 
 
 def bad_rows_stay_alone(forward, backward, device="cpu") -> None:
     """A label out of range, a NaN logit, a row without any finite logit: NaN there, and nowhere else."""
-    case = Case("bad", 6, 19, _options(alpha=0.5), hard="labels", temperatures="rows")
-    tensors = make(case, device)
-    tensors[4][0], tensors[4][1] = 19, -1
-    tensors[0][2, 7] = tensors[1][3, 0] = NAN
-    tensors[0][4].fill_(-INF)
-    (loss, ds, *_), _ = run(forward, backward, tensors, case.options, torch.ones(6).to(device))
-    assert loss.isnan().tolist() == [True] * 5 + [False]
-    assert ds.isnan().any(-1).tolist() == [True] * 5 + [False]
+    for divergence in (0, 3, 4):
+        case = Case("bad", 6, 19, _options(alpha=0.5, divergence=divergence), hard="labels", temperatures="rows")
+        tensors = make(case, device)
+        tensors[4][0], tensors[4][1] = 19, -1
+        tensors[0][2, 7] = tensors[1][3, 0] = NAN
+        tensors[0][4].fill_(-INF)
+        (loss, ds, *_), _ = run(forward, backward, tensors, case.options, torch.ones(6).to(device))
+        assert loss.isnan().tolist() == [True] * 5 + [False]
+        assert ds.isnan().any(-1).tolist() == [True] * 5 + [False]
+
+
+def masks_at_the_label_and_around_it(forward, backward, device="cpu") -> None:
+    """jsd and dkd where one network masks what the other has: finite wherever the definition is, and the same."""
+    alone = [-INF, 0.3, -INF, -INF]
+    student = torch.tensor([[1.0, 2.0, 0.5, -1.0], [1.0, -INF, 0.5, -INF], alone, [1.0, 2.0, 0.5, -1.0], alone])
+    teacher = torch.tensor([[1.5, -INF, 0.0, 0.2], [0.4, -INF, 1.5, -INF], alone, alone, [1.0, 2.0, 0.5, -1.0]])
+    labels = torch.ones(5, dtype=torch.int64)
+    for divergence in (3, 4):
+        tensors = (student.to(device), teacher.to(device), None, None, labels.to(device), None, None)
+        options = _options(divergence=divergence)
+        ours, _ = run(forward, backward, tensors, options, torch.ones(5).to(device))
+        plain = (student.double(), teacher.double(), None, None, labels, None, None, options)
+        torch.testing.assert_close(ours[0].double().cpu(), definition(*plain), rtol=1e-6, atol=1e-6)
+        finite = 5 if divergence == 3 else 4  # a row where the student leaves nothing beside the label is infinite
+        for x, y in zip(ours[1:3], kd_kl_gradient(*plain)[:2], strict=True):
+            torch.testing.assert_close(x.double().cpu()[:finite], y[:finite], rtol=1e-6, atol=1e-6)
 
 
 def hard_labels_alone_do_not_see_the_teacher(forward, backward, device="cpu") -> None:
@@ -274,8 +323,9 @@ def masked_where_it_matters_is_infinite(forward, backward, device="cpu") -> None
 def equal_distributions_are_zero_apart(forward, backward, device="cpu") -> None:
     """Sums of differences, not differences of sums: what multiply-adds leave is a rounding of one class."""
     logits = make(Case("equal", 4, 300), device)[0]
-    for divergence in (0, 1):
-        tensors = (logits, logits.clone(), None, None, None, None, None)
+    labels = torch.arange(4, device=device)
+    for divergence in (0, 1, 3, 4):
+        tensors = (logits, logits.clone(), None, None, labels, None, None)
         (loss, ds, dt, *_), _ = run(
             forward, backward, tensors, _options(2.0, 2.0, divergence=divergence), torch.ones(4).to(device)
         )
@@ -358,6 +408,7 @@ EDGES = [
     bad_rows_stay_alone,
     hard_labels_alone_do_not_see_the_teacher,
     masked_where_it_matters_is_infinite,
+    masks_at_the_label_and_around_it,
     equal_distributions_are_zero_apart,
     a_constant_added_to_a_row_changes_nothing,
     extreme_logits_stay_finite,

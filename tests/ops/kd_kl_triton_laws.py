@@ -33,7 +33,10 @@ for name in launches:
 OVERRIDE.impl("kd_kl_value_and_grad", ops._reference_value_and_grad, "CPU", allow_override=True)  # made of the two
 
 # The interpreter takes 10 ms a launch: one variant a divergence, and the hard labels in all their forms.
-CHOSEN = ("reverse", "labels-own-exponential", "ignored-rows-weighted-mean", "mixup-targets-sum", "rows-product-scale")
+CHOSEN = (
+    "reverse", "labels-own-exponential", "ignored-rows-weighted-mean", "mixup-targets-sum", "rows-product-scale",
+    "jsd-labels-softcap-rows", "dkd-ignored-weighted-rows",
+)  # fmt: skip
 
 
 class TestKdKlTriton(Laws):

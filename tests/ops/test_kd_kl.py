@@ -1,5 +1,7 @@
 """kd_kl by the law suite, through the public kd_loss, and what is its own."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,16 @@ VARIANTS = {
     "mixup-targets-sum": {"labels": "soft", "reduction": "sum", "label_smoothing": 0.2, "taus": "one"},
     "hard-only": {"labels": "index", "alpha": 1.0, "reduction": "mean", "taus": "float"},
     "rows-product-scale": {"reduction": "none", "scale": "product", "taus": "row", "weight": True},
-}
+    "jsd": {"divergence": "jsd", "taus": "one"},
+    "jsd-labels-softcap-rows": {"divergence": "jsd", "beta": 0.2, "labels": "index", "softcap": 4.0, "taus": "row"},
+    "dkd": {"divergence": "dkd", "labels": "index", "alpha": 0.0, "scale": "product", "taus": "one"},
+    "dkd-ignored-weighted-rows": {
+        "divergence": "dkd", "beta": 0.7, "target_weight": 2.0, "labels": "ignored", "weight": True, "taus": "row",
+        "reduction": "none",
+    },
+    "softcap-reverse-mixup": {"divergence": "reverse_kl", "softcap": 5.0, "logit_scale": 0.5, "labels": "soft"},
+    "logit-scale": {"logit_scale": 0.25, "labels": "index", "label_smoothing": 0.1},
+}  # fmt: skip
 
 
 def inputs(generator, shape, dtype, variant):
@@ -75,6 +86,10 @@ def truth(
     ignore_index=-100,
     label_smoothing=0.0,
     reduction="batchmean",
+    beta=None,
+    target_weight=1.0,
+    softcap=None,
+    logit_scale=1.0,
 ):
     """kd_loss, spelled out over the definition."""
     shape, classes = student.shape, student.shape[-1]
@@ -91,7 +106,8 @@ def truth(
         None if soft or labels is None else labels.reshape(rows), labels.reshape(rows, classes) if soft else None,
         None if weight is None else weight.reshape(rows),
         Options(1.0, 1.0, alpha if labels is not None else 0.0, label_smoothing, ignore_index, DIVERGENCES[divergence],
-                SCALES[scale]),
+                SCALES[scale], {"dkd": 8.0}.get(divergence, 0.5) if beta is None else beta, target_weight,
+                softcap or 0.0, logit_scale),
     )  # fmt: skip
     counted = rows if soft or labels is None else int((labels != ignore_index).sum())
     if reduction == "none":
@@ -100,6 +116,10 @@ def truth(
         loss.sum()
         / {"sum": 1, "mean": max(counted, 1), "batchmean": max(shape[0], 1) if len(shape) > 1 else 1}[reduction]
     )
+
+
+def kl(log_p, log_q):
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1, keepdim=True)
 
 
 @with_temperatures
@@ -117,8 +137,15 @@ def eager(
     ignore_index=-100,
     label_smoothing=0.0,
     reduction="batchmean",
+    beta=None,
+    target_weight=1.0,
+    softcap=None,
+    logit_scale=1.0,
 ):
     """What one writes in PyTorch, in the logits' own dtype."""
+    student, teacher = student * logit_scale, teacher * logit_scale
+    if softcap is not None:
+        student, teacher = softcap * torch.tanh(student / softcap), softcap * torch.tanh(teacher / softcap)
     tau_s, tau_t = (
         t.to(student.dtype).unsqueeze(-1) if isinstance(t, torch.Tensor) else t
         for t in (student_temperature, teacher_temperature)
@@ -126,6 +153,19 @@ def eager(
     log_q, log_p = F.log_softmax(student / tau_s, -1), F.log_softmax(teacher / tau_t, -1)
     if divergence == "soft_ce":
         soft = -(log_p.exp() * log_q).sum(-1, keepdim=True)
+    elif divergence == "jsd":
+        beta = 0.5 if beta is None else beta
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+        soft = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    elif divergence == "dkd":
+        label = F.one_hot(labels.clamp(min=0), student.shape[-1]).bool()
+        pairs, others = [], []
+        for z in (teacher / tau_t, student / tau_s):
+            rest = z.masked_fill(label, -torch.inf)
+            pair = torch.stack([z[label].reshape(labels.shape), rest.logsumexp(-1)], -1)
+            pairs.append(pair.log_softmax(-1))
+            others.append(rest.log_softmax(-1).masked_fill(label, 0))  # adds nothing: exp(0) (0 - 0)
+        soft = target_weight * kl(*pairs) + (8.0 if beta is None else beta) * kl(*others)
     else:
         pair = (log_q, log_p) if divergence == "forward_kl" else (log_p, log_q)
         soft = F.kl_div(*pair, reduction="none", log_target=True).sum(-1, keepdim=True)
@@ -174,6 +214,7 @@ def raw():
     labels, target = torch.tensor([0, 3, -100, 8]), torch.rand(4, 9, generator=g).softmax(-1)
     plain = Options(4.0, 4.0)
     mixed = Options(1.0, 1.0, 0.4, 0.1, -100, 1, 1)
+    mixture, decoupled = mixed._replace(divergence=3, softcap=5.0), mixed._replace(divergence=4, beta=8.0)
     bare = (s, t, None, None, None, None, None)
     learned = (s.clone().requires_grad_(), t.clone().requires_grad_(), tau.clone().requires_grad_(),
                per_row.clone().requires_grad_(), labels, None, weight)  # fmt: skip
@@ -183,10 +224,24 @@ def raw():
         (torch.ops.kdfast.kd_kl.default, (*bare, *plain, False)),
         (torch.ops.kdfast.kd_kl.default, (*learned, *mixed, True)),
         (torch.ops.kdfast.kd_kl.default, (*soft, *mixed, True)),
+        (torch.ops.kdfast.kd_kl.default, (*learned, *decoupled, True)),
+        (torch.ops.kdfast.kd_kl_backward.default, (torch.ones(4), *soft, stats, *mixture, True, True)),
         (torch.ops.kdfast.kd_kl_backward.default, (torch.ones(4), *bare, stats, *plain, True, False)),
         (torch.ops.kdfast.kd_kl_backward.default, (torch.ones(4), *soft, stats, *mixed, True, True)),
         (torch.ops.kdfast.kd_kl_value_and_grad.default, (*bare, *plain, False, 0.25)),
     ]
+
+
+def possible(variant):
+    """What was drawn, with what its divergence asks for and without what it has none of."""
+    variant = dict(variant)
+    beta, target_weight = variant.pop("beta"), variant.pop("target_weight")
+    if variant["divergence"] == "dkd":
+        variant |= {"beta": 10 * beta, "target_weight": target_weight}
+        variant["labels"] = "ignored" if variant["labels"] == "ignored" else "index"
+    elif variant["divergence"] == "jsd":
+        variant["beta"] = beta
+    return variant
 
 
 variant_strategy = st.fixed_dictionaries(
@@ -199,8 +254,12 @@ variant_strategy = st.fixed_dictionaries(
         "taus": st.sampled_from(["float", "one", "row"]),
         "weight": st.booleans(),
         "reduction": st.sampled_from(["none", "sum", "mean", "batchmean"]),
+        "beta": st.sampled_from([0.1, 0.5, 0.8]),
+        "target_weight": st.sampled_from([0.0, 1.0, 1.5]),
+        "softcap": st.sampled_from([None, 3.0]),
+        "logit_scale": st.sampled_from([1.0, 0.5]),
     }
-)
+).map(possible)
 shape_strategy = st.one_of(
     st.tuples(st.integers(0, 5), st.integers(1, 70)),
     st.tuples(st.integers(1, 3), st.integers(0, 3), st.integers(1, 20)),
