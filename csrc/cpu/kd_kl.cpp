@@ -24,17 +24,30 @@ namespace kdfast::cpu {
 namespace {
 
 // What is compiled once for each kind of vector unit.
-#define KDFAST_ROW(T, A)                                                                          \
-  KDFAST_CLONES void compute(const Row<T, A>& row, const Options& o, A* loss, A* stats) {        \
-    compute_row(row, o, loss, stats);                                                             \
+#define KDFAST_ROW(T, A, CLONES)                                                                                     \
+  CLONES HardSums spread_target(const Row<T, A>& row, double smoothing, A shift) {                                  \
+    return hard_target<T, A>(row, smoothing, shift, nullptr, 0);                                                     \
+  }                                                                                                                  \
+  CLONES void temperatures(const Row<T, A>& row, const Found<A>& f, const Options& o, A* stats) {                    \
+    if (o.divergence == kReverseKL) temperature_gradients<true>(row, f, o, stats);                                   \
+    else temperature_gradients<false>(row, f, o, stats);                                                             \
+  }                                                                                                                  \
+  CLONES void teacher(const Row<T, A>& row, const Found<A>& f, const Options& o, double g) {                         \
+    o.divergence == kReverseKL ? teacher_gradient<true>(row, f, g) : teacher_gradient<false>(row, f, g);             \
+  }                                                                                                                  \
+  CLONES void spread(const Row<T, A>& row, const Found<A>& f, const Options& o, double g, double g_1, double mass) { \
+    if (o.divergence == kReverseKL) spread_gradient<true>(row, f, o, g, g_1, mass);                                  \
+    else spread_gradient<false>(row, f, o, g, g_1, mass);                                                            \
+  }                                                                                                                  \
+  CLONES void compute(const Row<T, A>& row, const Options& o, A* loss, A* stats) {                                   \
+    compute_row(row, o, Rare<T, A>{spread_target, temperatures, teacher, spread}, loss, stats);                      \
   }
-KDFAST_ROW(float, float)
-KDFAST_ROW(BFloat16Bits, float)
-KDFAST_ROW(HalfBits, float)
+#define KDFAST_ONCE
+KDFAST_ROW(float, float, KDFAST_CLONES)
+KDFAST_ROW(BFloat16Bits, float, KDFAST_CLONES)
+KDFAST_ROW(double, double, KDFAST_ONCE)
+#undef KDFAST_ONCE
 #undef KDFAST_ROW
-void compute(const Row<double, double>& row, const Options& o, double* loss, double* stats) {
-  compute_row(row, o, loss, stats);
-}
 KDFAST_CLONES void compute_other(const Row<float, float>& row, const Options& o, float* loss, float* stats) {
   other_row(row, o, loss, stats);
 }
@@ -100,7 +113,8 @@ template <class T, class A>
 void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   const int64_t n = in.student.size(1), padded = (n + kCount<A> - 1) / kCount<A> * kCount<A>;
   const bool capped = in.softcap > 0 || in.logit_scale != 1, other = in.divergence >= kJSD && in.alpha < 1;
-  const bool staged = capped || other;  // the row is first copied, widened and capped
+  constexpr bool kHalf = std::is_same_v<T, HalfBits>;  // widening IEEE halves takes more than the rest of a sweep
+  const bool staged = kHalf || capped || other;  // the row is first copied, widened and capped
   static thread_local std::vector<A> memory;  // kept between calls, so that no call faults pages in
   const int64_t needed = (staged ? 8 : 3) * padded;
   if (static_cast<int64_t>(memory.size()) < needed) memory.resize(needed);
@@ -141,9 +155,11 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
     row.more = (i + 1) * n + kCount<A> <= in.student.numel();
     row.stream = stream;
     A *const row_loss = offset(loss, i), *const row_stats = offset(stats, i * kStats);
-    if (!staged) {
-      compute(row, o, row_loss, row_stats);
-      continue;
+    if constexpr (!kHalf) {
+      if (!staged) {
+        compute(row, o, row_loss, row_stats);
+        continue;
+      }
     }
 
     A *const buffers = scratch + 3 * padded, *const s = buffers, *const t = buffers + padded;

@@ -37,12 +37,9 @@ struct Row {
   bool stream;                          // the gradients are too large to stay in a cache, and aligned
 };
 
-// How softmax(student) comes from softmax(student / tau_s): by squaring it this often, or by its own exponential.
-constexpr int kOwnExp = 4, kNoHard = 5;
-inline int hard_kind(double alpha, double tau_s) {
-  if (alpha <= 0) return kNoHard;
-  return tau_s == 1 ? 0 : tau_s == 2 ? 1 : tau_s == 4 ? 2 : tau_s == 8 ? 3 : kOwnExp;
-}
+// How softmax(student) comes from softmax(student / tau_s): by squaring it, where tau_s is 1, 2, 4 or 8, or by its own
+// exponential.
+enum Hard { kNoHard, kSquares, kOwnExp };
 
 // Logits in units of log 2, measured from the row's shift: y = (x - shift) / tau * log2(e).
 template <class A>
@@ -55,27 +52,34 @@ KDFAST_INLINE Lanes<A> in_units(Lanes<A> x, const Unit<A>& unit) {
   return x * unit.k + unit.offset;
 }
 
-// e^(student - shift), up to the power 1 / tau_s already in e.
-template <int Hard, class A>
-KDFAST_INLINE Lanes<A> hard_exp(Lanes<A> e, Lanes<A> x, const Unit<A>& one) {
-  if constexpr (Hard == kOwnExp) return exp2_lanes(in_units(x, one));
-  if constexpr (Hard >= 1 && Hard <= 3) e = e * e;
-  if constexpr (Hard >= 2 && Hard <= 3) e = e * e;
-  if constexpr (Hard == 3) e = e * e;
+// What the sweeps of one row share.
+template <class A>
+struct Found {
+  Unit<A> u, v, one;     // of student / tau_s, teacher / tau_t, student
+  A shift_s, shift_t, max_s, max_t, entropy;
+  int squares;           // tau_s = 2^squares
+  double z_u, z_v, z_1, cross;
+  double scale, by_zu, by_zv, d;
+  double shift;          // r - D of the weighing distribution less (k y - y_other)
+};
+
+// e^(student - shift), given 2^(y of student / tau_s).
+template <Hard kHard, class A>
+KDFAST_INLINE Lanes<A> hard_exp(Lanes<A> e, Lanes<A> x, const Found<A>& f) {
+  if constexpr (kHard == kOwnExp) return exp2_lanes(in_units(x, f.one));
+  if (f.squares > 0) e = e * e;
+  if (f.squares > 1) e = e * e;
+  if (f.squares > 2) e = e * e;
   return e;
 }
 
-template <class A>
-struct Sums {
-  A max_s, max_t;
-  double z_u, z_v, z_1 = 0, cross;
-};
-
 // First sweep: e_u = 2^(y of the student), e_v = 2^(y of the teacher), their sums, and cross = sum w (k y_w - y_other), w the
 // weighing one of the two; the maxima.
-template <bool Reverse, int Hard, class T, class A>
-KDFAST_INLINE Sums<A> exponentials(const Row<T, A>& row, Unit<A> u, Unit<A> v, Unit<A> one, A entropy) {
+template <bool Reverse, Hard kHard, class T, class A>
+KDFAST_INLINE void exponentials(const Row<T, A>& row, Found<A>& f) {
   constexpr A kMasked = -std::numeric_limits<A>::infinity();
+  const Unit<A> u = f.u, v = f.v;
+  const A entropy = f.entropy;
   Lanes<A> max_s = broadcast(kMasked), max_t = broadcast(kMasked);
   Total<A> z_u, z_v, z_1, cross;
   for (int64_t begin = 0; begin < row.n; begin += kBlock) {
@@ -88,16 +92,16 @@ KDFAST_INLINE Sums<A> exponentials(const Row<T, A>& row, Unit<A> u, Unit<A> v, U
       store_lanes(row.e_u + j, e_u);
       store_lanes(row.e_v + j, e_v);
       z_u.lanes += e_u, z_v.lanes += e_v;
-      if constexpr (Hard != kNoHard && Hard != 0) z_1.lanes += hard_exp<Hard>(e_u, s, one);
+      if constexpr (kHard != kNoHard) z_1.lanes += hard_exp<kHard>(e_u, s, f);
       const Lanes<A> w = Reverse ? e_u : e_v;
       const Lanes<A> ratio = Reverse ? y_u - y_v : entropy * y_v - y_u;
       cross.lanes = w != A(0) ? cross.lanes + w * ratio : cross.lanes;  // 0 log 0 = 0
     });
-    z_u.flush(), z_v.flush(), z_1.flush(), cross.flush();
+    z_u.flush(), z_v.flush(), cross.flush();
+    if constexpr (kHard != kNoHard) z_1.flush();
   }
-  Sums<A> sums{max_of<kCount<A>, A>(max_s), max_of<kCount<A>, A>(max_t), z_u.before, z_v.before, z_1.before, cross.before};
-  if constexpr (Hard == 0) sums.z_1 = sums.z_u;
-  return sums;
+  f.max_s = max_of<A>(max_s), f.max_t = max_of<A>(max_t);
+  f.z_u = z_u.before, f.z_v = z_v.before, f.z_1 = z_1.before, f.cross = kLn2 * cross.before;
 }
 
 // The largest of the first 64 columns; the exact one where all of them are masked.
@@ -108,7 +112,7 @@ KDFAST_INLINE A first_shift(const T* x, int64_t n, bool more) {
   for (int64_t end = n < 64 ? n : 64; shift == kMasked && end != 0; end = end == n ? 0 : n) {
     Lanes<A> max = broadcast(kMasked);
     over_lanes<A>(0, end, more, [&](int64_t j, auto count) KDFAST_INLINED { max = larger(load(x + j, count, kMasked), max); });
-    shift = max_of<kCount<A>, A>(max);
+    shift = max_of<A>(max);
   }
   return shift;
 }
@@ -136,32 +140,35 @@ KDFAST_INLINE void write_gradient(O* out, int64_t n, bool more, bool stream, int
   narrow(some[label - first] - hard, &out[label]);
 }
 
-// g_u e_u - g_v e_v + g_1 softmax(student).
-template <int Hard, class O, class T, class A>
-KDFAST_INLINE void plain_gradient(const Row<T, A>& row, O* out, int64_t label, Unit<A> one, double g_u, double g_v, double g_1,
+// (other - weighing) g: g_u e_u - g_v e_v, and g_1 softmax(student) less g_label at the label (-1: none).
+template <bool Reverse, Hard kHard, class O, class T, class A>
+KDFAST_INLINE void plain_gradient(const Row<T, A>& row, const Found<A>& f, O* out, double g, double g_1, int64_t label,
                                   double g_label) {
-  const A by_u = static_cast<A>(g_u), by_v = static_cast<A>(g_v), by_1 = static_cast<A>(g_1);
+  const double sign = Reverse ? -g : g;
+  const A by_u = static_cast<A>(sign * f.by_zu), by_v = static_cast<A>(sign * f.by_zv), by_1 = static_cast<A>(g_1);
   write_gradient(out, row.n, row.more, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
     const Lanes<A> e_u = load_lanes(row.e_u + j);
-    Lanes<A> g = by_u * e_u - by_v * load_lanes(row.e_v + j);
-    if constexpr (Hard == kOwnExp) g += by_1 * hard_exp<Hard>(e_u, load(row.student + j, count, A(0)), one);
-    else if constexpr (Hard != kNoHard) g += by_1 * hard_exp<Hard>(e_u, e_u, one);
-    return g;
+    Lanes<A> d = by_u * e_u - by_v * load_lanes(row.e_v + j);
+    if constexpr (kHard == kOwnExp) d += by_1 * hard_exp<kHard>(e_u, load(row.student + j, count, A(0)), f);
+    if constexpr (kHard == kSquares) d += by_1 * hard_exp<kHard>(e_u, e_u, f);
+    return d;
   });
 }
 
-// The same in the logits of the weighing distribution: g w (r - D), r = k log w - log other. `shift` is what r - D and
-// the y of its two logits differ by.
-template <int Hard, class O, class T, class A>
-KDFAST_INLINE void weighing_gradient(const Row<T, A>& row, const T* own, const T* other, const A* e_own, O* out, int64_t label,
-                                     Unit<A> by_own, Unit<A> by_other, Unit<A> one, A entropy, double shift, double g, double g_1,
+// weighing (r - D) g, r = k log weighing - log other; and the hard part, as above.
+template <bool Reverse, Hard kHard, class O, class T, class A>
+KDFAST_INLINE void weighing_gradient(const Row<T, A>& row, const Found<A>& f, O* out, double g, double g_1, int64_t label,
                                      double g_label) {
-  const A by_g = static_cast<A>(g), by_1 = static_cast<A>(g_1), moved = static_cast<A>(shift), ln2 = static_cast<A>(kLn2);
+  const T *own = Reverse ? row.student : row.teacher, *other = Reverse ? row.teacher : row.student;
+  const A* e_own = Reverse ? row.e_u : row.e_v;
+  const Unit<A> by_own = Reverse ? f.u : f.v, by_other = Reverse ? f.v : f.u;
+  const A by_g = static_cast<A>(g * (Reverse ? f.by_zu : f.by_zv)), by_1 = static_cast<A>(g_1);
+  const A entropy = f.entropy, moved = static_cast<A>(f.shift), ln2 = static_cast<A>(kLn2);
   write_gradient(out, row.n, row.more, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
     const Lanes<A> x = load(own + j, count, A(0)), y = load(other + j, count, A(0)), e = load_lanes(e_own + j);
     const Lanes<A> r = ln2 * (entropy * in_units(x, by_own) - in_units(y, by_other)) + moved;
     Lanes<A> d = e == A(0) ? Lanes<A>{} : by_g * e * r;
-    if constexpr (Hard != kNoHard) d += by_1 * hard_exp<kOwnExp>(e, x, one);
+    if constexpr (kHard != kNoHard) d += by_1 * hard_exp<kOwnExp>(e, x, f);
     return d;
   });
 }
@@ -220,101 +227,110 @@ KDFAST_INLINE HardSums hard_target(const Row<T, A>& row, double smoothing, A shi
   return {sums.mass + mass.before, sums.weighted + weighted.before};
 }
 
-template <bool Reverse, int Hard, class T, class A>
-KDFAST_INLINE void row_as(const Row<T, A>& row, const Options& o, A* loss, A* stats) {
-  const double tau_s = row.tau_s, tau_t = row.tau_t, keep = 1 - o.alpha;
-  const double inverse_s = 1 / tau_s, inverse_t = 1 / tau_t;
-  const double scale = o.scale == kTau2 ? tau_s * tau_s : o.scale == kProduct ? tau_s * tau_t : 1.0;
-  const A k = o.divergence == kSoftCE ? A(0) : A(1);
-  A shift_s = first_shift<T, A>(row.student, row.n, row.more), shift_t = first_shift<T, A>(row.teacher, row.n, row.more);
-  Unit<A> u(inverse_s, shift_s), v(inverse_t, shift_t), one(1.0, shift_s);
-  Sums<A> sums = exponentials<Reverse, Hard>(row, u, v, one, k);
-  constexpr A kFar = 8, kFarOne = 60;  // in units: what costs three digits of log z; what overflows sums of e^student
-  if (!((sums.max_s - shift_s) * u.k <= kFar && (sums.max_t - shift_t) * v.k <= kFar &&
-        (Hard != kOwnExp || (sums.max_s - shift_s) * one.k <= kFarOne))) {
-    shift_s = sums.max_s, shift_t = sums.max_t;
-    u = {inverse_s, shift_s}, v = {inverse_t, shift_t}, one = {1.0, shift_s};
-    sums = exponentials<Reverse, Hard>(row, u, v, one, k);
-  }
-  const double inverse_zu = 1 / sums.z_u, inverse_zv = 1 / sums.z_v;
-  const double log_zu = std::log(sums.z_u), log_zv = std::log(sums.z_v);
-  const double log_z1 = Hard == kNoHard ? 0.0 : std::log(sums.z_1), cross = kLn2 * sums.cross;
-  const double d = Reverse ? cross * inverse_zu - log_zu + log_zv : cross * inverse_zv - k * log_zv + log_zu;
-  HardSums hard;
-  if constexpr (Hard != kNoHard) hard = hard_target<T, A>(row, o.label_smoothing, shift_s, nullptr, 0);
-
-  // r - D of the weighing distribution less k y - y_other
-  const double shift = Reverse ? log_zv - log_zu - d : log_zu - k * log_zv - d;
-  const auto plain = [&](auto* out, double g) KDFAST_INLINED {  // (other - weighing) g
-    const double sign = Reverse ? -1 : 1;
-    plain_gradient<kNoHard>(row, out, -1, one, sign * g * inverse_zu, sign * g * inverse_zv, 0, 0);
-  };
-  const auto weighing = [&](auto* out, double g) KDFAST_INLINED {  // weighing (r - D) g
-    if constexpr (Reverse) {
-      weighing_gradient<kNoHard>(row, row.student, row.teacher, row.e_u, out, -1, u, v, one, k, shift, g * inverse_zu, 0, 0);
-    } else {
-      weighing_gradient<kNoHard>(row, row.teacher, row.student, row.e_v, out, -1, v, u, one, k, shift, g * inverse_zv, 0, 0);
-    }
-  };
-
-  if (stats != nullptr) {
-    const double ce = hard.mass * log_z1 - hard.weighted;
-    const double soft = keep > 0 ? keep * scale * d : 0.0;
-    *loss = static_cast<A>(row.weight * (soft + (Hard == kNoHard ? 0.0 : o.alpha * ce)));
-    const double up_s = static_cast<double>(sums.max_s) - shift_s, up_t = static_cast<double>(sums.max_t) - shift_t;
-    const double values[6] = {sums.max_s, sums.max_t, log_zu - up_s * inverse_s, log_zv - up_t * inverse_t,
-                              Hard == kNoHard ? 0.0 : log_z1 - up_s, d};
-    for (int i = 0; i < 6; ++i) stats[i] = static_cast<A>(values[i]);
-    stats[6] = stats[7] = 0;
-    if (row.temperature_grad) {
-      const double scale_s = o.scale == kTau2 ? 2 * tau_s : o.scale == kProduct ? tau_t : 0.0;
-      const double scale_t = o.scale == kProduct ? tau_s : 0.0;
-      Reverse ? weighing(row.spare, 1) : plain(row.spare, 1);
-      const double a_u = kLn2 * centered_dot(row.spare, row.e_u, row.student, row.n, row.more, u);
-      Reverse ? plain(row.spare, 1) : weighing(row.spare, 1);
-      const double b_v = kLn2 * centered_dot(row.spare, row.e_v, row.teacher, row.n, row.more, v);
-      stats[6] = static_cast<A>(row.weight * keep * (scale_s * d - scale * a_u * inverse_s));
-      stats[7] = static_cast<A>(row.weight * keep * (scale_t * d - scale * b_v * inverse_t));
-    }
-  }
-
-  const double g = row.weight * row.coefficient * keep * scale;
-  if (row.teacher_grad != nullptr) Reverse ? plain(row.teacher_grad, g * inverse_t) : weighing(row.teacher_grad, g * inverse_t);
-  if (row.student_grad == nullptr) return;
-  const double g_1 = row.weight * row.coefficient * o.alpha, g_softmax = Hard == kNoHard ? 0.0 : g_1 * hard.mass / sums.z_1;
-  const double g_label = g_1 * (1 - o.label_smoothing);
-  const auto student = [&](auto* out, int64_t label) KDFAST_INLINED {
-    if constexpr (Reverse) {
-      weighing_gradient<Hard>(row, row.student, row.teacher, row.e_u, out, label, u, v, one, k, shift, g * inverse_s * inverse_zu,
-                              g_softmax, g_label);
-    } else {
-      plain_gradient<Hard>(row, out, label, one, g * inverse_s * inverse_zu, g * inverse_s * inverse_zv, g_softmax, g_label);
-    }
-  };
-  if (Hard == kNoHard || (row.target == nullptr && o.label_smoothing <= 0)) {
-    student(row.student_grad, Hard == kNoHard ? -1 : row.label);
-  } else {  // through scratch, so that it is rounded once, when nothing more is to be added
-    student(row.spare, row.target == nullptr ? row.label : -1);
-    hard_target<T, A>(row, o.label_smoothing, shift_s, row.spare, static_cast<A>(g_1));
-    write_gradient(row.student_grad, row.n, row.more, row.stream, -1, A(0),
-                   [&](int64_t j, auto) KDFAST_INLINED { return load_lanes(row.spare + j); });
+// d loss / d (tau_s, tau_t), into the statistics 6 and 7.
+template <bool Reverse, class T, class A>
+KDFAST_INLINE void temperature_gradients(const Row<T, A>& row, const Found<A>& f, const Options& o, A* stats) {
+  const double keep = 1 - o.alpha;
+  const double scale_s = o.scale == kTau2 ? 2 * row.tau_s : o.scale == kProduct ? row.tau_t : 0.0;
+  const double scale_t = o.scale == kProduct ? row.tau_s : 0.0;
+  for (const bool of_student : {true, false}) {
+    if (of_student == Reverse) weighing_gradient<Reverse, kNoHard>(row, f, row.spare, 1, 0, -1, 0);
+    else plain_gradient<Reverse, kNoHard>(row, f, row.spare, 1, 0, -1, 0);
+    const double tau = of_student ? row.tau_s : row.tau_t;
+    const double inner = kLn2 * centered_dot(row.spare, of_student ? row.e_u : row.e_v, of_student ? row.student : row.teacher,
+                                             row.n, row.more, of_student ? f.u : f.v);
+    const double value = row.weight * keep * ((of_student ? scale_s : scale_t) * f.d - f.scale * inner / tau);
+    stats[of_student ? 6 : 7] = static_cast<A>(value);
   }
 }
 
+template <bool Reverse, class T, class A>
+KDFAST_INLINE void teacher_gradient(const Row<T, A>& row, const Found<A>& f, double g) {
+  if constexpr (Reverse) plain_gradient<Reverse, kNoHard>(row, f, row.teacher_grad, g / row.tau_t, 0, -1, 0);
+  else weighing_gradient<Reverse, kNoHard>(row, f, row.teacher_grad, g / row.tau_t, 0, -1, 0);
+}
+
+// The student's gradient with label smoothing or target probabilities: through scratch, so that it is rounded once,
+// when nothing more is to be added.
+template <bool Reverse, class T, class A>
+KDFAST_INLINE void spread_gradient(const Row<T, A>& row, const Found<A>& f, const Options& o, double g, double g_1, double mass) {
+  const double g_softmax = g_1 * mass / f.z_1, g_label = g_1 * (1 - o.label_smoothing);
+  const int64_t label = row.target == nullptr ? row.label : -1;
+  if constexpr (Reverse) weighing_gradient<Reverse, kOwnExp>(row, f, row.spare, g / row.tau_s, g_softmax, label, g_label);
+  else plain_gradient<Reverse, kOwnExp>(row, f, row.spare, g / row.tau_s, g_softmax, label, g_label);
+  hard_target<T, A>(row, o.label_smoothing, f.shift_s, row.spare, static_cast<A>(g_1));
+  write_gradient(row.student_grad, row.n, row.more, row.stream, -1, A(0),
+                 [&](int64_t j, auto) KDFAST_INLINED { return load_lanes(row.spare + j); });
+}
+
+// What few rows need is compiled once, apart from the sweeps that are compiled for every kind of row.
 template <class T, class A>
-KDFAST_INLINE void compute_row(const Row<T, A>& row, const Options& o, A* loss, A* stats) {
-  const int hard = hard_kind(o.alpha, row.tau_s);
+struct Rare {
+  HardSums (*spread_target)(const Row<T, A>&, double smoothing, A shift);
+  void (*temperatures)(const Row<T, A>&, const Found<A>&, const Options&, A* stats);
+  void (*teacher)(const Row<T, A>&, const Found<A>&, const Options&, double g);
+  void (*spread)(const Row<T, A>&, const Found<A>&, const Options&, double g, double g_1, double mass);
+};
+
+template <bool Reverse, Hard kHard, class T, class A>
+KDFAST_INLINE void row_as(const Row<T, A>& row, const Options& o, const Rare<T, A>& rare, A* loss, A* stats) {
+  const double keep = 1 - o.alpha;
+  A shift_s = first_shift<T, A>(row.student, row.n, row.more), shift_t = first_shift<T, A>(row.teacher, row.n, row.more);
+  Found<A> f{{1 / row.tau_s, shift_s}, {1 / row.tau_t, shift_t}, {1.0, shift_s}, shift_s, shift_t};
+  f.squares = row.tau_s == 8 ? 3 : row.tau_s == 4 ? 2 : row.tau_s == 2 ? 1 : 0;
+  f.entropy = o.divergence == kSoftCE ? A(0) : A(1);
+  f.scale = o.scale == kTau2 ? row.tau_s * row.tau_s : o.scale == kProduct ? row.tau_s * row.tau_t : 1.0;
+  for (bool again = true; again;) {
+    exponentials<Reverse, kHard>(row, f);
+    constexpr A kFar = 8, kFarOne = 60;  // in units: what costs three digits of log z; what overflows sums of e^student
+    const A far_s = f.max_s - f.shift_s, far_t = f.max_t - f.shift_t;
+    again = far_s * f.u.k > kFar || far_t * f.v.k > kFar || (kHard == kOwnExp && far_s * f.one.k > kFarOne);
+    if (again) {
+      f.shift_s = f.max_s, f.shift_t = f.max_t;
+      f.u = {1 / row.tau_s, f.max_s}, f.v = {1 / row.tau_t, f.max_t}, f.one = {1.0, f.max_s};
+      again = f.max_s < std::numeric_limits<A>::infinity() && f.max_t < std::numeric_limits<A>::infinity();
+    }
+  }
+  f.by_zu = 1 / f.z_u, f.by_zv = 1 / f.z_v;
+  const double log_zu = std::log(f.z_u), log_zv = std::log(f.z_v), log_z1 = kHard == kNoHard ? 0.0 : std::log(f.z_1);
+  f.d = Reverse ? f.cross * f.by_zu - log_zu + log_zv : f.cross * f.by_zv - f.entropy * log_zv + log_zu;
+  f.shift = Reverse ? log_zv - log_zu - f.d : log_zu - f.entropy * log_zv - f.d;
+  const bool spread = kHard != kNoHard && (row.target != nullptr || o.label_smoothing > 0);
+  HardSums hard;
+  if (spread) hard = rare.spread_target(row, o.label_smoothing, f.shift_s);
+  else if (kHard != kNoHard) hard = {1, static_cast<double>(widen(row.student[row.label])) - f.shift_s};
+
+  if (stats != nullptr) {
+    const double soft = keep > 0 ? keep * f.scale * f.d : 0.0;
+    *loss = static_cast<A>(row.weight * (kHard == kNoHard ? soft : soft + o.alpha * (hard.mass * log_z1 - hard.weighted)));
+    const double up_s = static_cast<double>(f.max_s) - f.shift_s, up_t = static_cast<double>(f.max_t) - f.shift_t;
+    const double values[kStats] = {f.max_s, f.max_t, log_zu - up_s / row.tau_s, log_zv - up_t / row.tau_t,
+                                   kHard == kNoHard ? 0.0 : log_z1 - up_s, f.d};
+    for (int i = 0; i < kStats; ++i) stats[i] = static_cast<A>(values[i]);
+    if (row.temperature_grad) rare.temperatures(row, f, o, stats);
+  }
+
+  const double g = row.weight * row.coefficient * keep * f.scale, g_1 = row.weight * row.coefficient * o.alpha;
+  if (row.teacher_grad != nullptr) rare.teacher(row, f, o, g);
+  if (row.student_grad == nullptr) return;
+  if (spread) return rare.spread(row, f, o, g, g_1, hard.mass);
+  const double g_softmax = kHard == kNoHard ? 0.0 : g_1 / f.z_1;
+  const int64_t label = kHard == kNoHard ? -1 : row.label;
+  if constexpr (Reverse) weighing_gradient<Reverse, kHard>(row, f, row.student_grad, g / row.tau_s, g_softmax, label, g_1);
+  else plain_gradient<Reverse, kHard>(row, f, row.student_grad, g / row.tau_s, g_softmax, label, g_1);
+}
+
+template <class T, class A>
+KDFAST_INLINE void compute_row(const Row<T, A>& row, const Options& o, const Rare<T, A>& rare, A* loss, A* stats) {
+  const double tau = row.tau_s;
+  const bool none = o.alpha <= 0, squares = tau == 1 || tau == 2 || tau == 4 || tau == 8;
   if (o.divergence == kReverseKL) {
-    return hard == kNoHard ? row_as<true, kNoHard>(row, o, loss, stats) : row_as<true, kOwnExp>(row, o, loss, stats);
+    if (none) return row_as<true, kNoHard>(row, o, rare, loss, stats);
+    return row_as<true, kOwnExp>(row, o, rare, loss, stats);
   }
-  switch (hard) {
-    case 0: return row_as<false, 0>(row, o, loss, stats);
-    case 1: return row_as<false, 1>(row, o, loss, stats);
-    case 2: return row_as<false, 2>(row, o, loss, stats);
-    case 3: return row_as<false, 3>(row, o, loss, stats);
-    case kOwnExp: return row_as<false, kOwnExp>(row, o, loss, stats);
-    default: return row_as<false, kNoHard>(row, o, loss, stats);
-  }
+  if (none) return row_as<false, kNoHard>(row, o, rare, loss, stats);
+  if (squares) return row_as<false, kSquares>(row, o, rare, loss, stats);
+  return row_as<false, kOwnExp>(row, o, rare, loss, stats);
 }
 
 }  // namespace kdfast::cpu

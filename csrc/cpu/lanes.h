@@ -72,19 +72,6 @@ KDFAST_INLINE void store_lanes(BFloat16Bits* to, Lanes<float> x) {
   const Half16 narrow = __builtin_convertvector(x == x ? rounded : Word16{} + 0x7fc0u, Half16);
   std::memcpy(to, &narrow, sizeof(narrow));
 }
-KDFAST_INLINE Lanes<float> load_lanes(const HalfBits* x) {
-  float wide[16];
-#pragma omp simd
-  for (int i = 0; i < 16; ++i) wide[i] = half_to_float(x[i].bits);
-  return load_lanes(wide);
-}
-KDFAST_INLINE void store_lanes(HalfBits* to, Lanes<float> x) {
-  float wide[16];
-  store_lanes(wide, x);
-#pragma omp simd
-  for (int i = 0; i < 16; ++i) to[i].bits = float_to_half(wide[i]);
-}
-
 // Asks for the row's memory 8 KiB ahead of its use. The machine's own prefetching stops at every page of 4 KiB:
 // 4096 x 1000 took 40 % longer without.
 template <class T>
@@ -163,34 +150,29 @@ KDFAST_INLINE void over_lanes(int64_t begin, int64_t end, bool more, const F& f)
   if (j < end) f(j, Tail{end - j, more});
 }
 
-// Sum and maximum over the lanes, by halves: log2 steps, each in the narrower register.
+// Sum and maximum over the lanes, by halves: log2 steps, each in the narrower register. Sums in fp64: rounding the four
+// last additions to fp32 would be as large as all the others together.
 template <int N, class A>
-struct Narrower {
+struct Vector {
   typedef A V __attribute__((vector_size(N * sizeof(A))));
 };
-template <int N, class A, class V>
-KDFAST_INLINE double sum_of(V x) {
-  if constexpr (N == 1) {
-    A only;
-    std::memcpy(&only, &x, sizeof(only));
-    return static_cast<double>(only);
-  } else {
-    typename Narrower<N / 2, A>::V half[2];
-    std::memcpy(half, &x, sizeof(half));
-    return sum_of<N / 2, A>(half[0] + half[1]);
-  }
+template <int N, class V, class Op>
+KDFAST_INLINE auto folded(V x, const Op& op) {
+  using A = std::decay_t<decltype(x[0])>;
+  typename Vector<N / 2, A>::V half[2];
+  std::memcpy(half, &x, sizeof(half));
+  if constexpr (N == 2) return op(half[0], half[1])[0];
+  else return folded<N / 2>(op(half[0], half[1]), op);
 }
-template <int N, class A, class V>
-KDFAST_INLINE A max_of(V x) {
-  if constexpr (N == 1) {
-    A only;
-    std::memcpy(&only, &x, sizeof(only));
-    return only;
-  } else {
-    typename Narrower<N / 2, A>::V half[2];
-    std::memcpy(half, &x, sizeof(half));
-    return max_of<N / 2, A>(half[0] > half[1] ? half[0] : half[1]);
-  }
+template <class A>
+KDFAST_INLINE double sum_of(Lanes<A> x) {
+  using Wide = typename Vector<kCount<A>, double>::V;
+  const Wide wide = __builtin_convertvector(x, Wide);
+  return folded<kCount<A>>(wide, [](auto a, auto b) KDFAST_INLINED { return a + b; });
+}
+template <class A>
+KDFAST_INLINE A max_of(Lanes<A> x) {
+  return folded<kCount<A>>(x, [](auto a, auto b) KDFAST_INLINED { return a > b ? a : b; });
 }
 
 // A sum over a row: in lanes for some thousand columns, then in fp64.
@@ -199,8 +181,7 @@ struct Total {
   double before = 0;
   Lanes<A> lanes{};
 
-  inline __attribute__((always_inline)) void flush() { before += sum_of<kCount<A>, A>(lanes), lanes = Lanes<A>{}; }
-  inline __attribute__((always_inline)) double value() const { return before + sum_of<kCount<A>, A>(lanes); }
+  inline __attribute__((always_inline)) void flush() { before += sum_of<A>(lanes), lanes = Lanes<A>{}; }
 };
 
 // 2^y; exactly 0 from y = -127 on down, NaN for NaN; y < 127. y is split into an integer n (rounded by the magic constant)
