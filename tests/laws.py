@@ -147,48 +147,80 @@ def random_cases(draw, op: LawfulOp):
 
 
 def check_case(op: LawfulOp, case: Case) -> bool:
-    """Values and gradients against fp64 truth of the very same numbers. Returns whether the rule held without
-    looking at PyTorch's own error.
+    """Values and gradients against fp64 truth of the very same numbers. Returns whether the rule alone held.
 
-    The rule is that of test_extremes: fp64 to 1e-9, and fp32 arithmetic to 2e-5 of the entry or to 2e-6 of the
-    spread in a row times the largest entry. 16-bit storage is allowed fp32's error and one unit in the last place,
-    as rounding may fall to the other side. A sum that cancels more than that in this draw may do so for anyone:
-    twice the error of PyTorch in the arithmetic type, not the storage type, is right too.
+    The rule: no entry is off by more than 1e-9 (fp64 arithmetic) or 32 ulp (fp32) of the largest entry; entries stored
+    in 16 bits by one ulp of their own more, as rounding may fall to the other side. Where a sum cancels deeper in this
+    draw, twice PyTorch's error is right too, in the arithmetic type and not the storage type; and so is a rounding of
+    the terms, as autograd on its other way may meet an exact zero: terms of the spread in a row (1 where it is not
+    extreme), and in the sums over a row (what has fewer dimensions than the first tensor: values, gradients of
+    temperatures) those of test_extremes, entropies times the square of a temperature.
     """
-    change, spread = op.extremes[case.extreme] if case.extreme else (None, 20)
+    change, spread = op.extremes[case.extreme] if case.extreme else (None, 1)
     tensors, kwargs = op.make(case.shape, case.dtype, case.variant, case.seed, change)
     hypothesis.assume(not any((t.isnan() | t.isposinf()).any() for t in tensors))  # more than the dtype can hold
     first, *rest = (laid(t, case.layouts[min(i, 1)]) for i, t in enumerate(tensors))
     first = first if case.learns != "none" else first.detach()
-    given_tensors = (first, *(t if case.learns == "all" else t.detach() for t in rest))
-    value, grads = gradients(op.call, given_tensors, kwargs)
-    exact_value, exact_grads = gradients(op.truth, *as_dtype(tensors, kwargs, torch.float64))
+    learning = (first, *(t if case.learns == "all" else t.detach() for t in rest))
+    got = leaves(gradients(op.call, learning, kwargs))
+    exact = leaves(gradients(op.truth, *as_dtype(tensors, kwargs, torch.float64)))
     arithmetic = torch.float64 if case.dtype == torch.float64 else torch.float32
-    rtol, unit = (1e-9, 1e-14) if arithmetic == torch.float64 else (2e-5, 2e-6)
-    within = True
-    for i, (got, exact) in enumerate(zip((value, *grads), (exact_value, *exact_grads), strict=False)):
+    part = 1e-9 if arithmetic == torch.float64 else 32 * torch.finfo(arithmetic).eps
+    theirs = None
+    for i, (x, truth) in enumerate(zip(got, exact, strict=False)):
         what = "value" if i == 0 else f"gradient {i - 1}"
-        assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-        assert i == 0 or got.dtype == tensors[i - 1].dtype, f"{what}: {got.dtype}"
-        limits = torch.finfo(got.dtype)
-        narrow = limits.bits < 32
-        finite = exact[exact.isfinite()].abs()
-        scale = finite.max().clamp(min=1).item() if finite.numel() else 1.0
-        tolerances = {
-            "rtol": rtol + limits.eps * narrow,
-            "atol": unit * max(spread, 10) * scale + limits.smallest_normal * limits.eps * narrow,
-        }
-        try:
-            torch.testing.assert_close(got.double(), exact.to(got.dtype).double(), **tolerances)
-        except AssertionError as mismatch:
-            within = False
-            if op.eager is None:
-                raise AssertionError(f"{what}: {mismatch}") from None
-            eager_value, eager_grads = gradients(op.eager, *as_dtype(tensors, kwargs, arithmetic))
-            theirs = ((eager_value, *eager_grads)[i].double() - exact).abs().max().item()
-            ours = (got.double() - exact).abs().max().item()
-            assert ours <= 2 * theirs, f"{what}: largest error {ours:.2e}, PyTorch's {theirs:.2e}. {mismatch}"
-    return within
+        assert x.shape == truth.shape, f"{what}: shape {tuple(x.shape)}, expected {tuple(truth.shape)}"
+        assert x.dtype == (arithmetic if i == 0 else tensors[i - 1].dtype), f"{what}: {x.dtype}"
+        if not (off := largest(x, truth, part)):
+            continue
+        theirs = errors_of_pytorch(op, tensors, kwargs, arithmetic, exact) if theirs is None else theirs
+        terms = max(spread, 1) if x.dim() == tensors[0].dim() else 16 * max(spread, 10)
+        assert off <= max(2 * theirs[i], torch.finfo(arithmetic).eps * terms), (
+            f"{what}: off by {off:.2e}, PyTorch in {arithmetic} by {theirs[i]:.2e}, largest entry "
+            f"{truth.abs().max():.2e}"
+        )
+    return theirs is None
+
+
+def largest(x: Tensor, truth: Tensor, part: float) -> float:
+    """The largest error, beyond the rounding to storage, where one is against the rule of check_case, else 0."""
+    limits = torch.finfo(x.dtype)
+    truth = truth.to(x.dtype).double()  # infinite where the storage type ends
+    off = torch.where(x == truth, 0, (x - truth).abs())  # infinities of one sign are equal
+    if limits.bits < 32:
+        off = (off - limits.eps * truth.abs().clamp(min=limits.smallest_normal)).clamp(min=0)
+    finite = truth[truth.isfinite()].abs()
+    allowed = part * finite.max() if finite.numel() else 0.0
+    return 0.0 if (off <= allowed).all() else off.nan_to_num(torch.inf, torch.inf).max().item()
+
+
+def errors_of_pytorch(op, tensors, kwargs, dtype, exact) -> list[float]:
+    """The largest error in each output of the definition and of `eager`, composed of PyTorch's ops in `dtype`, over
+    inputs that differ by a rounding: one draw can be exact by luck. `eager` is left out where in fp64 it does not
+    say the same as the definition, as on shapes that it was not written for."""
+    ways = [op.truth]
+    try:
+        if op.eager is not None:
+            for wide, truth in zip(
+                leaves(gradients(op.eager, *as_dtype(tensors, kwargs, torch.float64))), exact, strict=True
+            ):
+                close(wide, truth, rtol=1e-6, atol=1e-9)
+            ways.append(op.eager)
+    except (AssertionError, RuntimeError, ValueError, IndexError):
+        pass
+    errors = [0.0] * len(exact)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        wide, options = as_dtype(tensors, kwargs, torch.float64)
+        near = [
+            t * (1 + torch.finfo(dtype).eps * (torch.rand(t.shape, generator=generator, dtype=t.dtype) - 0.5))
+            for t in wide
+        ]
+        for way in ways:
+            for i, x in enumerate(leaves(gradients(way, *as_dtype(near, options, dtype)))):
+                off = torch.where(x == exact[i], 0, (x - exact[i]).abs())
+                errors[i] = max(errors[i], off.max().item() if off.numel() else 0.0)
+    return errors
 
 
 class Laws:
