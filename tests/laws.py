@@ -16,7 +16,6 @@ KDFAST_FUZZ_CASES says how many, KDFAST_FUZZ_SEED which; a seed that was not giv
 
 import os
 import secrets
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -30,6 +29,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves as leaves
 from torch.utils._pytree import tree_map_only
 
+from kdfast import _native
+
+SANITIZED = bool(_native.build_info.get("sanitizers"))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FUZZ_CASES = int(os.environ.get("KDFAST_FUZZ_CASES") or 0)
 if FUZZ_CASES:  # set for the processes started from here too: one seed a run
@@ -94,10 +96,11 @@ def error(values: list[Tensor], truths: list[Tensor]) -> float:
 def assert_as_exact_as_eager(got, truth, eager, dtype, what):
     """At most twice the error of PyTorch in the same dtype, over a few draws, as a single number can be exact by luck.
     Eager counts with at least 4 ulp of the dtype, its own median on these shapes. In fp64 the definition is itself
-    rounded in fp64: there 1e-12 is allowed in any case."""
+    rounded in fp64: there 1e-12 is allowed in any case. A sanitized build sums in one lane instead of sixteen, which
+    costs fp32 sums two bits."""
     ours = error(got, truth)
     theirs = error(eager, truth) if eager[0] is not None else 0.0
-    floor = 5e-13 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    floor = 5e-13 if dtype == torch.float64 else (8 if SANITIZED else 2) * torch.finfo(dtype).eps
     allowed = 2 * max(theirs, floor)
     assert ours <= allowed, f"{what}: relative error {ours:.2e}, PyTorch's {theirs:.2e}, allowed {allowed:.2e}"
 
@@ -362,9 +365,7 @@ class Laws:
 
     def test_opcheck(self):
         for operator, args in self.op.raw():
-            here = tree_map_only(
-                Tensor, lambda x: x.detach().to(self.op.device).requires_grad_(x.requires_grad), args
-            )
+            here = tree_map_only(Tensor, lambda x: x.detach().to(self.op.device).requires_grad_(x.requires_grad), args)
             torch.library.opcheck(operator, here)
 
     def test_compile_fullgraph(self, variant):
@@ -377,10 +378,13 @@ class Laws:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # fp32 sums in another order
 
     def test_random_shapes(self):
-        how = {"max_examples": FUZZ_CASES, "database": None} if FUZZ_CASES else {"max_examples": 60, "derandomize": True}
+        cases = FUZZ_CASES or 60
         ran, by_eager = 0, 0
 
-        @settings(**how, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+        @settings(
+            max_examples=cases, derandomize=not FUZZ_CASES, database=None, deadline=None, print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
         @given(random_cases(self.op))
         def law(case):
             nonlocal ran, by_eager
@@ -390,5 +394,5 @@ class Laws:
         if FUZZ_CASES:
             law = hypothesis.seed(FUZZ_SEED)(law)
         law()
-        assert ran >= how["max_examples"], f"only {ran} different cases in what {self.op.name} draws"
+        assert ran >= cases, f"only {ran} different cases in what {self.op.name} draws"
         print(f"{self.op.name}: {ran} random cases on {self.op.device}, {by_eager} of them held to PyTorch's error")
