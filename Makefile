@@ -42,7 +42,8 @@ fuzz: $(READY)
 
 # Opt-in, GCC on Linux: the op tests on C++ kernels built with AddressSanitizer and UBSan, in a place of their own. The
 # runtime comes first in a Python that was not built with it; libstdc++ with it, whose exceptions it has to see.
-# What PyTorch and Python leave allocated at the end is no leak of ours.
+# What PyTorch and Python leave allocated at the end is no leak of ours. pytest leaves file descriptor 2 alone, or the
+# report would die with the process.
 ASAN := build/sanitize/lib
 sanitize: $(READY)
 	rm -rf $(ASAN)
@@ -52,7 +53,8 @@ sanitize: $(READY)
 	export LD_PRELOAD="$$(for x in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$x.so; done | paste -sd:)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && cd $(ASAN) && PYTHONPATH= && \
 	$(CURDIR)/$(BIN)/python -c "from kdfast._native import build_info; assert build_info['sanitizers'], build_info" && \
-	$(CURDIR)/$(BIN)/python -m pytest tests/ops -k "not triton and not math_headers" -m "not cuda" -p no:cacheprovider
+	$(CURDIR)/$(BIN)/python -m pytest tests/ops -k "not triton and not math_headers" -m "not cuda" \
+	  -p no:cacheprovider --capture=sys
 
 lint: $(READY)
 	$(BIN)/ruff check .
