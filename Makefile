@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: venv demo test lint bench gpu clean
+.PHONY: venv demo test fuzz sanitize lint bench gpu clean
 venv: $(READY)
 
 # One torch without CUDA's gigabytes where there is no GPU: first from the sources pip already has, then from
@@ -34,6 +34,28 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Opt-in: random cases of every op against fp64 truth. The seed is printed at the start; KDFAST_FUZZ_SEED sets it.
+KDFAST_FUZZ_CASES ?= 10000
+fuzz: $(READY)
+	KDFAST_FUZZ_CASES=$(KDFAST_FUZZ_CASES) $(BIN)/python -m pytest tests/ops -k test_random_shapes -n 2 --dist loadfile \
+	  --timeout=0 -rP
+
+# Opt-in, GCC on Linux: the op tests on C++ kernels built with AddressSanitizer and UBSan, in a place of their own. The
+# runtime comes first in a Python that was not built with it; libstdc++ with it, whose exceptions it has to see.
+# What PyTorch and Python leave allocated at the end is no leak of ours. pytest leaves file descriptor 2 alone, or the
+# report would die with the process.
+ASAN := build/sanitize/lib
+sanitize: $(READY)
+	rm -rf $(ASAN)
+	KDFAST_REQUIRE_NATIVE=1 KDFAST_CUDA=OFF KDFAST_SANITIZE=address,undefined \
+	  $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(ASAN)
+	ln -s ../../../tests ../../../pyproject.toml $(ASAN)
+	export LD_PRELOAD="$$(for x in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$x.so; done | paste -sd:)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && cd $(ASAN) && PYTHONPATH= && \
+	$(CURDIR)/$(BIN)/python -c "from kdfast._native import build_info; assert build_info['sanitizers'], build_info" && \
+	$(CURDIR)/$(BIN)/python -m pytest tests/ops -k "not triton and not math_headers" -m "not cuda" \
+	  -p no:cacheprovider --capture=sys
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,13 +63,15 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# A machine with an NVIDIA GPU: the Python and torch already there, no network. Results under $(OUT).
+# A machine with an NVIDIA GPU, no network: in the Python already there torch, cmake, ninja and what pyproject.toml's
+# "dev" lists. The laws run on the CPU and on the GPU. Results under $(OUT).
 OUT ?= runs/gpu
 gpu:
 	KDFAST_REQUIRE_NATIVE=1 KDFAST_CUDA=ON KDFAST_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
 	  $(PYTHON) setup.py -q build_ext --inplace
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest tests/ops tests/test_compile_only.py -m "cuda or not slow" -q --junitxml=$(OUT)/tests.xml
+	$(PYTHON) -m pytest tests/ops tests/losses tests/test_gpu_rules.py tests/test_compile_only.py -m "cuda or not slow" -q \
+	  --junitxml=$(OUT)/tests.xml
 	$(PYTHON) -m pytest benchmarks --benchmark-only -k cuda --benchmark-json=$(OUT)/benchmark.json
 
 clean:

@@ -3,7 +3,7 @@
 KDFAST_REQUIRE_NATIVE=1     a native build that fails stops the install (CI, wheels)
 KDFAST_CUDA=AUTO|ON|OFF     CUDA kernels: where nvcc is and torch is a CUDA build (AUTO)
 KDFAST_CUDA_ARCHITECTURES   e.g. "90": fewer architectures build faster
-KDFAST_SANITIZE             e.g. "address,undefined"
+KDFAST_SANITIZE             e.g. "address,undefined" (`make sanitize`; built beside the normal build, not over it)
 """
 
 import os
@@ -47,7 +47,8 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
         if cmake is None or ninja is None:
             return f"{'cmake' if cmake is None else 'ninja'} was not found; `pip install cmake ninja`"
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        sanitized = "-sanitize" if os.environ.get("KDFAST_SANITIZE") else ""
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{sanitized}"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DCMAKE_MAKE_PROGRAM={ninja}",

@@ -1,9 +1,14 @@
 """Shared by every test: the machine is shared too, so one thread a process; CUDA tests skip where there is no GPU."""
 
+import os
+
 import pytest
 import torch
 
+from tests import laws
+
 torch.set_num_threads(1)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def pytest_generate_tests(metafunc):
@@ -14,6 +19,15 @@ def pytest_generate_tests(metafunc):
             values = getattr(op, table)
             keys = list(values)
             metafunc.parametrize(name, keys if name == "extreme" else [values[k] for k in keys], ids=keys)
+    # Triton's interpreter plays a GPU on the CPU: a GPU has no part in it.
+    if op is not None and "device" in metafunc.fixturenames and torch.cuda.is_available() and not INTERPRETED:
+        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
+
+
+def pytest_report_header():
+    if laws.FUZZ_CASES:
+        return f"fuzzing: KDFAST_FUZZ_CASES={laws.FUZZ_CASES} an op, KDFAST_FUZZ_SEED={laws.FUZZ_SEED}"
+    return None
 
 
 def pytest_collection_modifyitems(items):

@@ -152,7 +152,7 @@ def count(indices: Tensor, ignore_index: int):
 
 def values(student: Tensor, teacher: Tensor, indices: Tensor | None, ignore_index: int) -> None:
     """The opt-in look into device tensors, before any kernel runs."""
-    if CHECK_VALUES and not student.is_cpu and not torch.compiler.is_compiling() and not in_transform():
+    if CHECK_VALUES and _waits(student):
         _teacher(teacher, indices, ignore_index)
         _labels(indices, ignore_index, student.shape[-1])
 
@@ -190,4 +190,13 @@ def _teacher(teacher: Tensor, indices: Tensor | None, ignore_index: int) -> None
 
 def _readable(x: Tensor) -> bool:
     """Whether a value can be read at no cost: a plain CPU tensor, in eager code outside torch.func."""
-    return x.is_cpu and not torch.compiler.is_compiling() and not in_transform()
+    return x.is_cpu and _eager()
+
+
+def _waits(x: Tensor) -> bool:
+    """Whether a value can be read, but only by waiting for the device."""
+    return not x.is_cpu and _eager()
+
+
+def _eager() -> bool:
+    return not torch.compiler.is_compiling() and not in_transform()

@@ -291,6 +291,7 @@ class TestKdKl(Laws):
             "far from zero": (scaled(1.0, 1e4), 20),
             "tiny spread": (scaled(1e-3), 0.02),
         },
+        extreme_shapes=st.tuples(st.integers(1, 5), st.integers(6, 70) | st.sampled_from([128, 257, 1025, 4099])),
     )
 
 
