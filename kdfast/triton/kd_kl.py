@@ -6,9 +6,8 @@ The distribution that weighs is called `from` (p: the teacher; for reverse_kl th
 
     dD / d to logits = q - p      dD / d from logits = p (r - D),  r = k log p - log q
 
-jsd and dkd: their formulas stand in kdfast/reference/kd_kl_divergences.py; p is the teacher's. jsd needs one more
-sweep forward, of the probabilities in their mixture. For dkd the sums leave the label out, so that D of the line above
-is its N; the label's own part comes from its two logits. A softcap is undone on the gradient's way out.
+The formulas of jsd and dkd: kdfast/reference/kd_kl_divergences.py. jsd needs one more sweep forward, of the mixture.
+For dkd the sums leave the label out, so that the D above is its N; the label's part comes from its two logits.
 
 Fused: three softmaxes, the divergence, the hard labels' cross-entropy and all gradients. Forward sweeps the
 row once in tiles of columns (twice where a temperature wants its gradient), with sums kept relative to the
@@ -303,10 +302,10 @@ def backward_kernel(
             tl.store(teacher_grad + at, dt.to(teacher_grad.dtype.element_ty), mask=inside)
 
 
-def tile(classes: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def tile(classes: int, dtype: torch.dtype, divergence: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program: several whole rows of few classes, one row of more, of many 4096
-    columns (fp64: 2048) at a time. A thread holds 8 columns or the scalars of 2 rows: more spills."""
-    widest = 2048 if dtype == torch.float64 else 4096
+    columns (fp64 and jsd: 2048) at a time. A thread holds 8 columns or the scalars of 2 rows: more spills."""
+    widest = 2048 if dtype == torch.float64 or divergence == JSD.value else 4096
     columns = min(max(16, triton.next_power_of_2(classes)), widest)
     return max(1, 128 // columns), columns, max(2, columns // 256)
 
@@ -330,7 +329,7 @@ def kd_kl(
     if rows == 0:
         return loss, stats
     strides = [_stride(x) for x in (student_temperature, teacher_temperature, labels, weight)]
-    tile_rows, tile_columns, warps = tile(classes, student.dtype)
+    tile_rows, tile_columns, warps = tile(classes, student.dtype, o.divergence)
     with _device(student):
         forward_kernel[(triton.cdiv(rows, tile_rows),)](
             student, teacher, student_temperature, teacher_temperature, labels, target, weight, loss, stats,
@@ -363,7 +362,7 @@ def kd_kl_backward(
     if rows == 0:
         return ds, dt
     strides = [_stride(x) for x in (grad, student_temperature, teacher_temperature, labels, weight)]
-    tile_rows, tile_columns, warps = tile(classes, student.dtype)
+    tile_rows, tile_columns, warps = tile(classes, student.dtype, o.divergence)
     constants = _constants(o, stats.dtype)
     sums_first = constants["HARD"] and (constants["SMOOTH"] or target is not None)
     sums_first |= o.divergence == JSD.value and constants["SOFT"] and wants_teacher
