@@ -146,7 +146,7 @@ def forward_kernel(
         max_s, max_t = from_to(from_max, to_max, DIVERGENCE)
         log2_z_u, log2_z_v = from_to(log2_z_from, log2_z_to, DIVERGENCE)
         if TEMPERATURE_GRAD:
-            # <dD/du, u>: the gradients sum to zero over the row, so log q may stand for u and log p for v.
+            # <dD/du, u>: the gradients sum to zero over the row, so u and v may be measured from their maxima.
             by_from, by_to = nothing, nothing
             if DIVERGENCE == DKD:
                 beta = tl.where(from_sum == 0.0, 0.0, beta)
@@ -157,12 +157,12 @@ def forward_kernel(
                 mask = counts[:, None] & (column < classes)[None, :]
                 s = logits(student, base, column, mask, softcap, logit_scale, ACC, CAP)
                 x, y = from_to(s, logits(teacher, base, column, mask, softcap, logit_scale, ACC, CAP), DIVERGENCE)
-                g_from, g_to, log2_p, log2_q = gradients(
+                g_from, g_to, y_from, y_to = gradients(
                     x, y, column[None, :] == label[:, None], from_base, to_base, k_from, k_to, log2_z_from, log2_z_to,
                     from_mean, to_mean, from_odds, to_odds, beta, DIVERGENCE,
                 )  # fmt: skip
-                by_from += tl.sum(tl.where(g_from == 0.0, 0.0, g_from * log2_p), 1)
-                by_to += tl.sum(tl.where(log2_q == -INF, 0.0, g_to * log2_q), 1)
+                by_from += tl.sum(tl.where(g_from == 0.0, 0.0, g_from * y_from), 1)
+                by_to += tl.sum(tl.where(y_to == -INF, 0.0, g_to * y_to), 1)
             inner_s, inner_t = from_to(by_from, by_to, DIVERGENCE)
             by_tau_s = coefficient * keep * (c_s * total - c * inner_s / ts * LN2)
             by_tau_t = coefficient * keep * (c_t * total - c * inner_t / tt * LN2)
@@ -275,7 +275,7 @@ def backward_kernel(
         if SOFT:
             t = logits(teacher, base, column, mask, softcap, logit_scale, ACC, CAP)
             x, y = from_to(s, t, DIVERGENCE)
-            g_from, g_to, _log2_p, _log2_q = gradients(
+            g_from, g_to, _y_from, _y_to = gradients(
                 x, y, column[None, :] == label[:, None], from_base, to_base, k_from, k_to, log2_z_from, log2_z_to,
                 from_mean, to_mean, from_odds, to_odds, beta, DIVERGENCE,
             )  # fmt: skip
