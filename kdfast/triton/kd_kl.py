@@ -6,9 +6,8 @@ The distribution that weighs is called `from` (p: the teacher; for reverse_kl th
 
     dD / d to logits = q - p      dD / d from logits = p (r - D),  r = k log p - log q
 
-jsd and dkd: their formulas stand in kdfast/reference/kd_kl_divergences.py; p is the teacher's. jsd needs one more
-sweep forward, of the probabilities in their mixture. For dkd the sums leave the label out, so that D of the line above
-is its N; the label's own part comes from its two logits. A softcap is undone on the gradient's way out.
+The formulas of jsd and dkd: kdfast/reference/kd_kl_divergences.py. jsd needs one more sweep forward, of the mixture.
+For dkd the sums leave the label out, so that the D above is its N; the label's part comes from its two logits.
 
 Fused: three softmaxes, the divergence, the hard labels' cross-entropy and all gradients. Forward sweeps the
 row once in tiles of columns (twice where a temperature wants its gradient), with sums kept relative to the
@@ -147,7 +146,7 @@ def forward_kernel(
         max_s, max_t = from_to(from_max, to_max, DIVERGENCE)
         log2_z_u, log2_z_v = from_to(log2_z_from, log2_z_to, DIVERGENCE)
         if TEMPERATURE_GRAD:
-            # <dD/du, u>: the gradients sum to zero over the row, so log q may stand for u and log p for v.
+            # <dD/du, u>: the gradients sum to zero over the row, so u and v may be measured from their maxima.
             by_from, by_to = nothing, nothing
             if DIVERGENCE == DKD:
                 beta = tl.where(from_sum == 0.0, 0.0, beta)
@@ -158,12 +157,12 @@ def forward_kernel(
                 mask = counts[:, None] & (column < classes)[None, :]
                 s = logits(student, base, column, mask, softcap, logit_scale, ACC, CAP)
                 x, y = from_to(s, logits(teacher, base, column, mask, softcap, logit_scale, ACC, CAP), DIVERGENCE)
-                g_from, g_to, log2_p, log2_q = gradients(
+                g_from, g_to, y_from, y_to = gradients(
                     x, y, column[None, :] == label[:, None], from_base, to_base, k_from, k_to, log2_z_from, log2_z_to,
                     from_mean, to_mean, from_odds, to_odds, beta, DIVERGENCE,
                 )  # fmt: skip
-                by_from += tl.sum(tl.where(g_from == 0.0, 0.0, g_from * log2_p), 1)
-                by_to += tl.sum(tl.where(log2_q == -INF, 0.0, g_to * log2_q), 1)
+                by_from += tl.sum(tl.where(g_from == 0.0, 0.0, g_from * y_from), 1)
+                by_to += tl.sum(tl.where(y_to == -INF, 0.0, g_to * y_to), 1)
             inner_s, inner_t = from_to(by_from, by_to, DIVERGENCE)
             by_tau_s = coefficient * keep * (c_s * total - c * inner_s / ts * LN2)
             by_tau_t = coefficient * keep * (c_t * total - c * inner_t / tt * LN2)
@@ -276,7 +275,7 @@ def backward_kernel(
         if SOFT:
             t = logits(teacher, base, column, mask, softcap, logit_scale, ACC, CAP)
             x, y = from_to(s, t, DIVERGENCE)
-            g_from, g_to, _log2_p, _log2_q = gradients(
+            g_from, g_to, _y_from, _y_to = gradients(
                 x, y, column[None, :] == label[:, None], from_base, to_base, k_from, k_to, log2_z_from, log2_z_to,
                 from_mean, to_mean, from_odds, to_odds, beta, DIVERGENCE,
             )  # fmt: skip
@@ -303,10 +302,10 @@ def backward_kernel(
             tl.store(teacher_grad + at, dt.to(teacher_grad.dtype.element_ty), mask=inside)
 
 
-def tile(classes: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program: several whole rows of few classes, one row of more, of many 4096
-    columns (fp64: 2048) at a time. A thread holds 8 columns or the scalars of 2 rows: more spills."""
-    widest = 2048 if dtype == torch.float64 else 4096
+def tile(classes: int, dtype: torch.dtype, divergence: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program: several whole rows of few classes, one row of more, of many 4096 columns
+    at a time (half in fp64, half for jsd and dkd). A thread holds 8 columns or the scalars of 2 rows: more spills."""
+    widest = 4096 // (2 if dtype == torch.float64 else 1) // (2 if divergence >= JSD.value else 1)
     columns = min(max(16, triton.next_power_of_2(classes)), widest)
     return max(1, 128 // columns), columns, max(2, columns // 256)
 
@@ -330,7 +329,7 @@ def kd_kl(
     if rows == 0:
         return loss, stats
     strides = [_stride(x) for x in (student_temperature, teacher_temperature, labels, weight)]
-    tile_rows, tile_columns, warps = tile(classes, student.dtype)
+    tile_rows, tile_columns, warps = tile(classes, student.dtype, o.divergence)
     with _device(student):
         forward_kernel[(triton.cdiv(rows, tile_rows),)](
             student, teacher, student_temperature, teacher_temperature, labels, target, weight, loss, stats,
@@ -363,7 +362,7 @@ def kd_kl_backward(
     if rows == 0:
         return ds, dt
     strides = [_stride(x) for x in (grad, student_temperature, teacher_temperature, labels, weight)]
-    tile_rows, tile_columns, warps = tile(classes, student.dtype)
+    tile_rows, tile_columns, warps = tile(classes, student.dtype, o.divergence)
     constants = _constants(o, stats.dtype)
     sums_first = constants["HARD"] and (constants["SMOOTH"] or target is not None)
     sums_first |= o.divergence == JSD.value and constants["SOFT"] and wants_teacher

@@ -197,21 +197,21 @@ def gradients(
     x, y, at_label, from_base, to_base, k_from, k_to, log2_z_from, log2_z_to, from_mean, to_mean,
     from_odds, to_odds, beta, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """(dD/d from, dD/d to, log2 from, log2 to) for a tile of logits x of from and y of to.
+    """(dD/d from, dD/d to, and both logits over temperature, from their bases, in units of log 2) of a tile of logits.
 
     from_mean is D for a KL, <p, h> for jsd, N for dkd; to_mean is <q, f> for jsd. For dkd the sums are the others',
-    the odds are target_weight dT / d odds, and the logarithms go on to the label.
+    and the odds are target_weight dT / d odds.
     """
-    log2_p = (x - from_base[:, None]) * k_from[:, None] - log2_z_from[:, None]
-    log2_q = (y - to_base[:, None]) * k_to[:, None] - log2_z_to[:, None]
+    y_from, y_to = (x - from_base[:, None]) * k_from[:, None], (y - to_base[:, None]) * k_to[:, None]
+    log2_p, log2_q = y_from - log2_z_from[:, None], y_to - log2_z_to[:, None]
     p, q = tl.exp2(log2_p), tl.exp2(log2_q)
     if DIVERGENCE == JSD:
         h, f = mixture(p, q, beta[:, None])
-        return p * (h - from_mean[:, None]), q * (f - to_mean[:, None]), log2_p, log2_q
+        return p * (h - from_mean[:, None]), q * (f - to_mean[:, None]), y_from, y_to
     r = ratio(log2_p, log2_q, DIVERGENCE) * LN2 - from_mean[:, None]
     if DIVERGENCE == DKD:
         by_from = tl.where(p == 0.0, 0.0, p * (beta[:, None] * r - from_odds[:, None]))
         by_to = beta[:, None] * (q - p) - to_odds[:, None] * q
         by_from = tl.where(at_label, from_odds[:, None], by_from)
-        return by_from, tl.where(at_label, to_odds[:, None], by_to), log2_p, log2_q
-    return tl.where(p == 0.0, 0.0, p * r), q - p, log2_p, log2_q
+        return by_from, tl.where(at_label, to_odds[:, None], by_to), y_from, y_to
+    return tl.where(p == 0.0, 0.0, p * r), q - p, y_from, y_to

@@ -68,15 +68,7 @@ CASES = [
     Case("ignored", 6, 33, _options(alpha=0.5), hard="ignored", temperatures="rows", weight=True),
     # Masked classes.
     Case("masked", 4, 29, masked=True, temperatures="rows"),
-    Case(
-        "masked_reverse",
-        4,
-        29,
-        _options(alpha=0.4, **REVERSE),
-        masked=True,
-        hard="labels",
-        temperatures="one",
-    ),
+    Case("masked_reverse", 4, 29, _options(alpha=0.4, **REVERSE), hard="labels", temperatures="one", masked=True),
     Case("masked_smoothed", 4, 29, _options(alpha=0.4, label_smoothing=0.1), masked=True, hard="labels"),
     # Storage types; even and odd numbers of classes for aligned and unaligned rows.
     Case("bf16", 3, 64, _options(alpha=0.5), torch.bfloat16, "labels", temperatures="one"),
@@ -104,10 +96,7 @@ CASES = [
     Case("jsd_wide_fp64", 2, 4099, _options(alpha=0.5, **JSD), torch.float64, "labels", masked=True),
     Case("dkd", 3, 37, _options(**DKD), hard="labels", temperatures="rows"),
     Case("dkd_hard", 6, 33, _options(alpha=0.4, target_weight=2.0, **DKD, **PRODUCT), hard="ignored", weight=True),
-    Case(
-        "dkd_masked", 4, 29, _options(alpha=0.3, label_smoothing=0.1, **DKD),
-        hard="labels", masked=True, temperatures="one",
-    ),
+    Case("dkd_masked", 4, 29, _options(alpha=0.3, **DKD), hard="labels", masked=True, temperatures="one"),
     Case("dkd_fp16", 3, 61, _options(target_weight=0.0, **DKD, **UNSCALED), torch.float16, "labels"),
     Case("dkd_one_class", 3, 1, _options(alpha=0.5, **DKD), hard="labels", temperatures="one"),
     Case("dkd_wide_bf16", 2, 8200, _options(**DKD), torch.bfloat16, "labels", temperatures="one"),
@@ -404,16 +393,8 @@ def views_may_start_anywhere(forward, backward, device="cpu") -> None:
 
 
 EDGES = [
-    ignored_rows_may_hold_anything,
-    bad_rows_stay_alone,
-    hard_labels_alone_do_not_see_the_teacher,
-    masked_where_it_matters_is_infinite,
-    masks_at_the_label_and_around_it,
-    equal_distributions_are_zero_apart,
-    a_constant_added_to_a_row_changes_nothing,
-    extreme_logits_stay_finite,
-    nothing_to_do,
-    only_what_is_asked_for,
-    columns_may_be_expanded,
-    views_may_start_anywhere,
-]
+    ignored_rows_may_hold_anything, bad_rows_stay_alone, hard_labels_alone_do_not_see_the_teacher,
+    masked_where_it_matters_is_infinite, masks_at_the_label_and_around_it, equal_distributions_are_zero_apart,
+    a_constant_added_to_a_row_changes_nothing, extreme_logits_stay_finite, nothing_to_do, only_what_is_asked_for,
+    columns_may_be_expanded, views_may_start_anywhere,
+]  # fmt: skip
