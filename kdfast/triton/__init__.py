@@ -9,7 +9,11 @@ import importlib.util
 import torch
 
 # op -> the module its kernel stands in
-MODULES = {"kd_kl": "kdfast.triton.kd_kl", "kd_kl_backward": "kdfast.triton.kd_kl"}
+MODULES = {
+    "kd_kl": "kdfast.triton.kd_kl",
+    "kd_kl_backward": "kdfast.triton.kd_kl",
+    "kd_kl_hvp": "kdfast.triton.kd_kl_hvp",
+}
 registered: set[str] = set()  # the ops Triton runs on CUDA tensors
 
 

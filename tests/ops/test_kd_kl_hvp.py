@@ -80,9 +80,10 @@ def raw():
     generator = torch.Generator().manual_seed(0)
     s, t, w = (torch.randn(4, 9, generator=generator) for _ in range(3))
     tau, labels = torch.tensor([2.0]), torch.tensor([0, 3, -100, 8])
+    mixed = Options(1.0, 1.0, 0.4, 0.1, -100, 1, 1)
     return [
         (KERNEL, (s, t, *(None,) * 5, w, None, None, None, *Options(4.0, 4.0), False, True)),
-        (KERNEL, (s, t, tau, tau, labels, None, None, w, w, tau, tau, *Options(1.0, 1.0, 0.4, 0.1, -100, 1, 1), True, True)),
+        (KERNEL, (s, t, tau, tau, labels, None, None, w, w, tau, tau, *mixed, True, True)),
     ]  # fmt: skip
 
 
@@ -106,8 +107,8 @@ class TestKdKlHvp(Laws):
         draw=st.tuples(
             st.tuples(st.integers(0, 5), st.integers(1, 40)),
             st.builds(
-                lambda divergence, scale, taus: {"options": Options(2.0, 3.0, 0.5, 0.1, -100, divergence, scale), "taus": taus},
-                st.integers(0, 2), st.integers(0, 2), st.booleans(),
+                lambda taus, *kind: {"options": Options(2.0, 3.0, 0.5, 0.1, -100, *kind), "taus": taus},
+                st.booleans(), st.integers(0, 2), st.integers(0, 2),
             ),
         ),
         extremes={"large": (lambda tensors, kwargs: (tuple(10 * t for t in tensors[:2]) + tensors[2:], kwargs), 1000)},
