@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._door import Form, eager_apply, form, in_transform
-from kdfast.ops.kd_kl_hvp import is_last, kd_kl_hvp
+from kdfast.ops.kd_kl_hvp import in_memory, is_last, kd_kl_hvp
 from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, kd_kl_gradient, kd_kl_stats
 from kdfast.reference.kd_kl import kd_kl as reference_kd_kl
 
@@ -227,7 +227,7 @@ class KdKlBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, student, teacher, tau_s, tau_t, labels, target, weight, stats, options, needs):
         tensors = _contiguous((student, teacher, tau_s, tau_t, labels, target, weight))
-        grad = grad.to(stats.dtype)
+        grad = in_memory(grad).to(stats.dtype)
         ds = dt = None
         if needs[0] or needs[1]:
             with torch._C._AutoDispatchBelowAutograd():

@@ -66,7 +66,7 @@ def kd_kl_hvp(
     the inputs are the direction itself."""
     tensors = (student, teacher, student_temperature, teacher_temperature, labels, target, weight)
     last = is_last((*tensors, *direction), inner)
-    arguments = [x if x is None else _unwrapped(x).contiguous() for x in (*tensors, *direction)]
+    arguments = [x if x is None else in_memory(x).contiguous() for x in (*tensors, *direction)]
     if _known(options) and last:
         with torch._C._AutoDispatchBelowAutograd():
             product = _HVP(*arguments, *options, wanted[0], wanted[1])
@@ -93,6 +93,10 @@ def is_last(tensors, inner: bool = False) -> bool:
     return all(x is None or forward_ad.unpack_dual(x).tangent is None for x in tensors)
 
 
-def _unwrapped(x: Tensor) -> Tensor:
-    """A tensor saved inside a torch.func transform and read after it ended is still wrapped."""
-    return x if torch.compiler.is_compiling() else torch._C._functorch.unwrap_if_dead(x)
+def in_memory(x: Tensor) -> Tensor:
+    """The tensor a kernel may read. One saved inside a torch.func transform and read after its end is still wrapped,
+    and the zeros that autograd makes for an absent tangent have no memory."""
+    if torch.compiler.is_compiling():
+        return x
+    x = torch._C._functorch.unwrap_if_dead(x)
+    return torch.zeros_like(x) if x._is_zerotensor() else x

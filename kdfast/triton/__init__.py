@@ -13,6 +13,8 @@ MODULES = {
     "kd_kl": "kdfast.triton.kd_kl",
     "kd_kl_backward": "kdfast.triton.kd_kl",
     "kd_kl_hvp": "kdfast.triton.kd_kl_hvp",
+    "kd_kl_topk": "kdfast.triton.kd_kl_topk",
+    "kd_kl_topk_backward": "kdfast.triton.kd_kl_topk",
 }
 registered: set[str] = set()  # the ops Triton runs on CUDA tensors
 

@@ -88,10 +88,7 @@ def hvp_kernel(
     tau_from, tau_to = _from_to(ts, tt, DIVERGENCE)
     w_tau_from, w_tau_to = _from_to(w_ts, w_tt, DIVERGENCE)
     from_logits, to_logits = _from_to(student, teacher, DIVERGENCE)
-    if DIVERGENCE == SOFT_CE:
-        k = 0.0
-    else:
-        k = 1.0
+    k = 0.0 if DIVERGENCE == SOFT_CE else 1.0
 
     nothing = tl.zeros([ROWS], ACC)
     max_from, z_from, max_to, z_to, z_one, mass = nothing - INF, nothing, nothing - INF, nothing, nothing, nothing

@@ -212,6 +212,23 @@ def test_a_vjp_called_after_its_transform_has_ended():
         close(pull(w)[0], want)
 
 
+def test_zeros_without_memory():
+    """A loss that one row's output does not reach: autograd's zero tangents are tensors without storage."""
+    student, labels = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 1, 2])
+
+    def scaled(loss):
+        return lambda s: (0.3 * loss(s)).sum()
+
+    def ours(s):
+        return kd_loss(s, s.detach(), labels, alpha=1.0, reduction="none")
+
+    def theirs(s):
+        return torch.nn.functional.cross_entropy(s, labels, reduction="none")
+
+    got, want = (torch.func.jacrev(torch.func.jacfwd(scaled(f)))(student) for f in (ours, theirs))
+    close(got, want)
+
+
 def test_threads_agree():
     s, t, w = (torch.randn(300, 1000) for _ in range(3))
     args = (s, t, *(None,) * 5, w, w, None, None, *Options(2.0, 2.0), True, True)
