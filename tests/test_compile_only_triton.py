@@ -5,9 +5,11 @@ import re
 import subprocess
 
 import pytest
+import torch
 
 import kdfast.triton
 from tests.ops import kd_kl_hvp_cases as hvp
+from tests.ops import kd_kl_topk_cases as topk
 from tests.ops.kd_kl_cases import make
 from tests.test_compile_only import ARCHITECTURES, _Driver
 
@@ -21,8 +23,20 @@ def launch_hvp(kernels):
     return 2 * len(chosen)
 
 
+def launch_topk(kernels):
+    for case in topk.CASES:
+        tensors = topk.make(case)
+        grad = torch.ones(case.rows, dtype=tensors[1].dtype)
+        _, stats = kernels.kd_kl_topk(*tensors, 4.0, -100, tensors[3] is not None)
+        kernels.kd_kl_topk_backward(grad, *tensors, stats, 4.0, -100)
+    return len(topk.CASES)  # cases of a few classes share a tile
+
+
 # op -> (names of its kernels, calls of its launchers, which say how many compilations there have to be at least)
-OPS = {"kd_kl_hvp": (("hvp_kernel",), launch_hvp)}
+OPS = {
+    "kd_kl_hvp": (("hvp_kernel",), launch_hvp),
+    "kd_kl_topk": (("forward_kernel", "backward_kernel"), launch_topk),
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

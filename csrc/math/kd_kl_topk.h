@@ -27,10 +27,12 @@ struct RowOf {
 
 // What 1 - (the likeliest's p) - (the others' p) leaves: the first difference has all its digits by expm1. Log p being
 // rounded to the type Data, p is off by p |log p| eps; what is no more than that in sum is nothing.
+template <class Data>
+constexpr Data kEpsilon = std::numeric_limits<Data>::epsilon();
 template <class Data, class A>
 KDFAST_HD A tail_probability(A log_p_likeliest, A others, A entropy) {
   const A left = -::expm1(log_p_likeliest) - others;
-  return left > A(std::numeric_limits<Data>::epsilon()) * entropy ? left : A(0);
+  return left > A(kEpsilon<Data>) * entropy ? left : A(0);
 }
 
 template <class A>

@@ -2,7 +2,7 @@
 
     loss = weight * tau_s^2 * D,   u = student / tau_s,  q = softmax(u)
     D = sum_listed p (log p - log q) + p_tail (log p_tail - log q_tail)
-    p_tail = 1 - sum_listed p  (0 where no more than the rounding of log p),   q_tail = sum of q over the classes not listed
+    p_tail = 1 - sum_listed p  (0 where no more than the rounding of log p),   q_tail = sum of q over the other classes
 
 The tail is one class of both distributions. 0 log 0 = 0: where p_tail is 0, or every class is listed, there is no tail.
 A tail the student masks and the teacher does not makes D infinite. Plain PyTorch; docs/math/kd_kl_topk.md derives it.

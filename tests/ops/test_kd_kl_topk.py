@@ -1,5 +1,7 @@
 """kd_kl_topk by its cases and by the law suite, through the public topk_kd_loss, and what is its own."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,7 +183,7 @@ def test_more_classes_say_more():
     """Merging classes never raises a KL: the loss grows with k, up to that of all classes."""
     student, teacher = (3 * torch.randn(6, 30, dtype=torch.float64) for _ in range(2))
     losses = [topk_kd_loss(student, *topk_teacher(teacher, k), reduction="none") for k in range(1, 31)]
-    for less, more in zip(losses, losses[1:], strict=False):
+    for less, more in itertools.pairwise(losses):
         assert (more - less > -1e-12).all()
     assert (losses[-1] > losses[0] + 1e-3).all()
 
