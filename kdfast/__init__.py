@@ -3,6 +3,7 @@
 from kdfast import _native  # noqa: F401  (first: it registers the compiled kernels)
 from kdfast.backends import show_backends
 from kdfast.losses import KDLoss, dkd_loss, generalized_jsd_loss, kd_loss
+from kdfast.losses.topk import topk_kd_loss, topk_teacher
 from kdfast.meta import MetaStepReport, Process, exact_hypergradient, meta_kd_step
 from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
 
@@ -22,4 +23,6 @@ __all__ = [
     "kd_loss",
     "meta_kd_step",
     "show_backends",
+    "topk_kd_loss",
+    "topk_teacher",
 ]

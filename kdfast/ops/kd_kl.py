@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._door import Form, eager_apply, form, in_transform
-from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, kd_kl_gradient, kd_kl_hvp, kd_kl_stats
+from kdfast.ops.kd_kl_hvp import in_memory, is_last, kd_kl_hvp
+from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, kd_kl_gradient, kd_kl_stats
 from kdfast.reference.kd_kl import kd_kl as reference_kd_kl
 
 _INPUTS = (
@@ -226,7 +227,7 @@ class KdKlBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, student, teacher, tau_s, tau_t, labels, target, weight, stats, options, needs):
         tensors = _contiguous((student, teacher, tau_s, tau_t, labels, target, weight))
-        grad = grad.to(stats.dtype)
+        grad = in_memory(grad).to(stats.dtype)
         ds = dt = None
         if needs[0] or needs[1]:
             with torch._C._AutoDispatchBelowAutograd():
@@ -236,34 +237,44 @@ class KdKlBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:8])
-        ctx.save_for_forward(*inputs[:8])
+        ctx.save_for_backward(*inputs[:9])
+        ctx.save_for_forward(*inputs[:9])
         ctx.options, ctx.needs = inputs[9:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *cotangents):
         """Of Phi = grad * <gradient, w>: linear in grad, and elsewhere grad * H w."""
-        grad, *tensors = ctx.saved_tensors
+        grad, *tensors, stats = ctx.saved_tensors
         w = _unpack(cotangents, ctx.needs)
         if all(x is None for x in w):
             return (None,) * 11
-        unit = kd_kl_gradient(*tensors, ctx.options)
-        d_grad = sum(_row_dot(g, x) for g, x in zip(unit, w, strict=True) if x is not None)
-        product = kd_kl_hvp(*tensors, ctx.options, direction=w)
-        grads = [h * _column(grad, h) for h in product]
-        return d_grad.to(grad.dtype), *_as_inputs(grads, tensors), *(None,) * 6
+        d_grad = None
+        if ctx.needs_input_grad[0]:
+            unit = _row_gradient(torch.ones_like(grad), tensors, stats, ctx.options, ctx.needs, w)
+            d_grad = sum(_row_dot(g, x) for g, x in zip(unit, w, strict=True) if x is not None).to(grad.dtype)
+        product = kd_kl_hvp(
+            *tensors[:6], _weighted(tensors[6], grad), ctx.options, direction=w, wanted=ctx.needs_input_grad[1:5]
+        )
+        return d_grad, *_as_inputs(product, tensors), *(None,) * 6
 
     @staticmethod
     def jvp(ctx, *tangents):
-        grad, *tensors = ctx.saved_tensors
+        grad, *tensors, stats = ctx.saved_tensors
         grad_dot, direction = tangents[0], tangents[1:5]
         out = [0.0] * 4
         if any(x is not None for x in direction):
-            out = [h * _column(grad, h) for h in kd_kl_hvp(*tensors, ctx.options, direction=direction)]
+            out = kd_kl_hvp(
+                *tensors[:6],
+                _weighted(tensors[6], grad),
+                ctx.options,
+                direction=direction,
+                wanted=ctx.needs,
+                inner=True,
+            )
         if grad_dot is not None:
-            unit = kd_kl_gradient(*tensors, ctx.options)
-            out = [o + g * _column(grad_dot, g) for o, g in zip(out, unit, strict=True)]
+            change = _row_gradient(grad_dot, tensors, stats, ctx.options, ctx.needs, inner=True)
+            out = [o if g is None else g if o is None else o + g for o, g in zip(out, change, strict=True)]
         dtypes = (tensors[0].dtype, tensors[1].dtype, grad.dtype, grad.dtype)
         return tuple(o.to(d) for o, n, d in zip(out, ctx.needs, dtypes, strict=True) if n)
 
@@ -271,6 +282,22 @@ class KdKlBackward(torch.autograd.Function):
     def vmap(info, in_dims, *args):
         out = KdKlBackward.apply(*_fold(info, in_dims[:9], args[:9]), *args[9:])
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in out), (0,) * len(out)
+
+
+def _row_gradient(factor, tensors, stats, options, needs, others=(), inner=False) -> list[Tensor | None]:
+    """`factor` [rows] times those gradients of the row losses that `needs` asks for."""
+    if is_last((factor, *tensors, *others), inner):
+        return _unpack(KdKlBackward.apply(factor.detach(), *_detached(tensors), stats, options, needs), needs)
+    unit = kd_kl_gradient(*tensors, options)
+    return [g * _column(factor, g) if needed else None for g, needed in zip(unit, needs, strict=True)]
+
+
+def _weighted(weight: Tensor | None, grad: Tensor) -> Tensor:
+    return grad if weight is None else grad * weight
+
+
+def _detached(tensors):
+    return tuple(x if x is None else x.detach() for x in tensors)
 
 
 def _contiguous(tensors):

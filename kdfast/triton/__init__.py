@@ -9,7 +9,13 @@ import importlib.util
 import torch
 
 # op -> the module its kernel stands in
-MODULES = {"kd_kl": "kdfast.triton.kd_kl", "kd_kl_backward": "kdfast.triton.kd_kl"}
+MODULES = {
+    "kd_kl": "kdfast.triton.kd_kl",
+    "kd_kl_backward": "kdfast.triton.kd_kl",
+    "kd_kl_hvp": "kdfast.triton.kd_kl_hvp",
+    "kd_kl_topk": "kdfast.triton.kd_kl_topk",
+    "kd_kl_topk_backward": "kdfast.triton.kd_kl_topk",
+}
 registered: set[str] = set()  # the ops Triton runs on CUDA tensors
 
 
