@@ -53,9 +53,9 @@ def fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}.")
 
 
-def positive(name: str, value: float) -> float:
+def positive(name: str, value: float, what: str = "number") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a positive number, got {type(value).__name__}.")
+        raise TypeError(f"{name} must be a positive {what}, got {type(value).__name__}.")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}.")
     return float(value)
@@ -90,11 +90,7 @@ def class_indices(labels: Tensor | None, logits: Tensor) -> None:
 def temperature(name: str, value: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
     """(the number, None), or (1.0, the tensor as [1] or [rows])."""
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a positive number or a tensor, got {type(value).__name__}.")
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}.")
-        return float(value), None
+        return positive(name, value, "number or a tensor"), None
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}.")
     if value.device != logits.device:
@@ -161,8 +157,8 @@ def result(loss: Tensor, teacher: Tensor, indices: Tensor | None, ignore_index: 
     """On the CPU a NaN loss is traced to its cause; kernels give NaN for a label out of range."""
     if not _readable(loss):
         return
-    total = loss.detach() if loss.dim() == 0 else loss.detach().sum()
-    if math.isnan(total.item()):
+    total = loss.item() if loss.dim() == 0 else loss.detach().sum().item()
+    if total != total:
         _labels(indices, ignore_index, classes)
         _teacher(teacher, indices, ignore_index)
 

@@ -1,5 +1,6 @@
 """kd_loss: temperature-softmax distillation, with or without hard labels, in one fused sweep."""
 
+import functools
 import math
 
 import torch
@@ -32,6 +33,7 @@ def kd_loss(
     target_weight: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    fuse_backward: bool = False,
 ) -> Tensor:  # scalar, or [...] for reduction="none"
     """How far the student's softened class probabilities are from the teacher's, plus the hard-label loss.
 
@@ -69,6 +71,9 @@ def kd_loss(
         softcap: both networks' logits x become ``softcap * tanh(x / softcap)`` before anything else, the hard-label
             loss included; ``None``: they stay. A masked class stays masked.
         logit_scale: factor > 0 on both networks' logits, before the softcap.
+        fuse_backward: on a GPU, whether the student's gradient is made by the kernel that makes the loss: 3 passes over
+            the logits instead of 5 where a row fits on the chip, one pass more where the loss is then scaled (AMP). It
+            costs memory for the gradient from the forward on. On the CPU it is always so.
 
     Returns:
         A scalar, or ``[...]`` for ``reduction="none"``; fp32, or fp64 for fp64 logits.
@@ -87,33 +92,35 @@ def kd_loss(
         >>> loss = kd_loss(student, teacher, torch.randint(10, (8,)), alpha=0.1, student_temperature=4.0)
         >>> loss.backward()
     """
-    shape = student_logits.shape
     check.logits(student_logits, teacher_logits)
-    classes = shape[-1]
-    check.choice("divergence", divergence, DIVERGENCES)
-    check.choice("scale", scale, SCALES)
-    check.choice("reduction", reduction, REDUCTIONS)
-    check.fraction("alpha", alpha)
-    check.fraction("label_smoothing", label_smoothing)
-    tau_s, tau_s_tensor = check.temperature("student_temperature", student_temperature, student_logits)
-    if teacher_temperature is None:
+    shape = student_logits.shape
+    classes, rows = shape[-1], math.prod(shape[:-1])
+    tau_s, tau_s_tensor = student_temperature, None
+    if isinstance(tau_s, Tensor):
+        tau_s, tau_s_tensor = check.temperature("student_temperature", tau_s, student_logits)
+    tau_t, tau_t_tensor = teacher_temperature, None
+    if tau_t is None:
         tau_t, tau_t_tensor = tau_s, tau_s_tensor
-    else:
-        tau_t, tau_t_tensor = check.temperature("teacher_temperature", teacher_temperature, student_logits)
-    indices, target = check.labels(labels, student_logits)
-    beta, target_weight = check.divergence_weights(divergence, beta, target_weight)
+    elif isinstance(tau_t, Tensor):
+        tau_t, tau_t_tensor = check.temperature("teacher_temperature", tau_t, student_logits)
+    options = _options_once if torch.compiler.is_compiling() else _options
+    options = options(
+        tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale,
+        beta, target_weight, softcap, logit_scale, reduction, labels is None,
+    )  # fmt: skip
+    indices = target = None
+    if labels is not None:
+        indices, target = check.labels(labels, student_logits)
     if divergence == "dkd":
         check.class_indices(labels, student_logits)
-    softcap = 0.0 if softcap is None else check.positive("softcap", softcap)
-    logit_scale = check.positive("logit_scale", logit_scale)
-    check.values(student_logits, teacher_logits, indices, ignore_index)
+    if check.CHECK_VALUES:
+        check.values(student_logits, teacher_logits, indices, ignore_index)
     learned_weight = None
     if weight is not None:
         weight = check.row_weight(weight, student_logits)
         if weight.requires_grad:  # outside the kernel, so that it has its gradient
             learned_weight, weight = weight, None
 
-    rows = math.prod(shape[:-1])
     if len(shape) != 2:
         student_logits, teacher_logits = (z.reshape(rows, classes) for z in (student_logits, teacher_logits))
         indices = None if indices is None else indices.reshape(rows)
@@ -121,11 +128,6 @@ def kd_loss(
     if student_logits.dtype != teacher_logits.dtype:
         dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
         student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
-    alpha = 0.0 if labels is None else float(alpha)
-    options = Options(
-        tau_s, tau_t, alpha, float(label_smoothing), ignore_index, DIVERGENCES[divergence], SCALES[scale],
-        beta, target_weight, softcap, logit_scale,
-    )  # fmt: skip
 
     coefficient = None if reduction == "none" or learned_weight is not None else 1.0
     if reduction == "batchmean":
@@ -141,13 +143,45 @@ def kd_loss(
         weight, divisor = (share.expand(rows) if weight is None else weight * share), 1
 
     loss = kd_kl(
-        student_logits, teacher_logits, tau_s_tensor, tau_t_tensor, indices, target, weight, options, coefficient
-    )
+        student_logits, teacher_logits, tau_s_tensor, tau_t_tensor, indices, target, weight, options, coefficient,
+        fuse_backward,
+    )  # fmt: skip
     check.result(loss, teacher_logits, indices, ignore_index, classes)
     if learned_weight is not None:
         loss = loss * learned_weight
         loss = loss if reduction == "none" else loss.sum() / divisor
     return loss.reshape(shape[:-1]) if reduction == "none" else loss
+
+
+def _options_once(
+    tau_s, tau_t, alpha, label_smoothing, ignore_index, divergence, scale, beta, target_weight, softcap, logit_scale,
+    reduction, no_labels,
+) -> Options:  # fmt: skip
+    """The numbers of one call, checked, as the op takes them."""
+    check.choice("divergence", divergence, DIVERGENCES)
+    check.choice("scale", scale, SCALES)
+    check.choice("reduction", reduction, REDUCTIONS)
+    check.fraction("alpha", alpha)
+    check.fraction("label_smoothing", label_smoothing)
+    tau_s = check.positive("student_temperature", tau_s, "number or a tensor")
+    tau_t = check.positive("teacher_temperature", tau_t, "number or a tensor")
+    beta, target_weight = check.divergence_weights(divergence, beta, target_weight)
+    softcap = 0.0 if softcap is None else check.positive("softcap", softcap)
+    return Options(
+        tau_s, tau_t, 0.0 if no_labels else float(alpha), float(label_smoothing), ignore_index, DIVERGENCES[divergence],
+        SCALES[scale], beta, target_weight, softcap, check.positive("logit_scale", logit_scale),
+    )  # fmt: skip
+
+
+_cached_options = functools.lru_cache(maxsize=256, typed=True)(_options_once)
+
+
+def _options(*numbers) -> Options:
+    """A training loop asks for the same again and again: at 128 x 10 these checks would be a tenth of the step."""
+    try:
+        return _cached_options(*numbers)
+    except TypeError:  # something that cannot be a key; the checks say what is wrong with it
+        return _options_once(*numbers)
 
 
 class KDLoss(nn.Module):

@@ -9,6 +9,7 @@ plain PyTorch reference is called.
 import enum
 
 import torch
+from torch.autograd import forward_ad
 
 
 class Form(enum.Enum):
@@ -20,6 +21,11 @@ class Form(enum.Enum):
 def in_transform() -> bool:
     """True inside torch.func.grad, jvp, vmap, ...  The one use of this private function."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_forward_mode() -> bool:
+    """True under torch.autograd.forward_ad.dual_level."""
+    return forward_ad._current_level >= 0
 
 
 def form() -> Form:

@@ -11,7 +11,7 @@ Three dispatcher ops, each with CPU (C++), CUDA (C++ or Triton) and reference ke
 import torch
 from torch import Tensor
 
-from kdfast.ops._door import Form, eager_apply, form, in_transform
+from kdfast.ops._door import Form, eager_apply, form, in_forward_mode, in_transform
 from kdfast.ops.kd_kl_hvp import in_memory, is_last, kd_kl_hvp
 from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, kd_kl_gradient, kd_kl_stats
 from kdfast.reference.kd_kl import kd_kl as reference_kd_kl
@@ -136,21 +136,27 @@ def kd_kl(
     weight: Tensor | None,  # [rows], of accumulate_dtype
     options: Options,
     coefficient: float | None,
+    fuse_backward: bool = False,
 ) -> Tensor:
-    """Row losses [rows], or for a number `coefficient` their sum times it. Arguments are taken as checked."""
+    """Row losses [rows], or for a number `coefficient` their sum times it. Arguments are taken as checked.
+
+    On the CPU the student's gradient is made in the forward sweep wherever that is right; on a GPU if `fuse_backward`.
+    """
     tensors = (student, teacher, student_temperature, teacher_temperature, labels, target, weight)
     which = form()
     if which is Form.FUNCTION:
-        if in_transform():
-            return KdKl.apply(*tensors, options, coefficient, False)[0]
-        grad_now = (
+        if (
             coefficient is not None
+            and (fuse_backward or student.is_cpu)
             and student.requires_grad
             and not teacher.requires_grad
-            and student.is_cpu
             and torch.is_grad_enabled()
-        )
-        return _apply(*tensors, options, coefficient, grad_now)[0]
+            and not in_transform()
+            and not in_forward_mode()
+        ):
+            return KdKlNow.apply(*tensors, options, coefficient)
+        apply = KdKl.apply if in_transform() else _apply
+        return apply(*tensors, options, coefficient)[0]
     if which is Form.REFERENCE:
         loss = reference_kd_kl(*tensors, options)
     else:
@@ -159,48 +165,69 @@ def kd_kl(
     return loss if coefficient is None else loss.sum() * coefficient
 
 
-class KdKl(torch.autograd.Function):
-    """Row losses, or their sum times `coefficient`, and the row statistics. With `grad_now` the student's gradient
-    is made in the same sweep and kept for the backward, which then costs nothing."""
+class KdKlNow(torch.autograd.Function):
+    """The sum of the losses times `coefficient`; the student's gradient is made in the same sweep and kept for the
+    backward, which then costs nothing. Short, as at 128 x 10 this Python is most of the time."""
 
     @staticmethod
-    def forward(student, teacher, tau_s, tau_t, labels, target, weight, options, coefficient, grad_now):
-        tensors = _contiguous((student, teacher, tau_s, tau_t, labels, target, weight))
-        temperature_grad = tau_s is not None or tau_t is not None
+    def forward(ctx, student, teacher, tau_s, tau_t, labels, target, weight, options, coefficient):
+        tensors = student, teacher, tau_s, tau_t, labels, target, weight
+        if not (student.is_contiguous() and teacher.is_contiguous()) or weight is not None or target is not None:
+            tensors = _contiguous(tensors)
         with torch._C._AutoDispatchBelowAutograd():  # straight to the kernel
-            if grad_now:
-                return _VALUE_AND_GRAD(*tensors, *options, temperature_grad, coefficient)
-            loss, stats = _FORWARD(*tensors, *options, temperature_grad)
+            loss, stats, ctx.student_grad = _VALUE_AND_GRAD(
+                *tensors, *options, tau_s is not None or tau_t is not None, coefficient
+            )
+        ctx.save_for_backward(student, teacher, tau_s, tau_t, labels, target, weight, stats)
+        ctx.options, ctx.coefficient = options, coefficient
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        ds, ctx.student_grad = ctx.student_grad, None  # given away: a second backward makes its own
+        if ds is None or torch.is_grad_enabled():
+            return _backward(ctx, grad)
+        factor = grad.item() if grad.is_cpu else grad  # read on the CPU only: on a GPU it would wait
+        if factor is grad or factor != 1.0:
+            ds.mul_(factor)
+        needs = ctx.needs_input_grad
+        if not (needs[2] or needs[3]):
+            return ds, None, None, None, None, None, None, None, None
+        *tensors, stats = ctx.saved_tensors
+        taus = [stats[:, 6 + i] * (factor * ctx.coefficient) if needs[2 + i] else None for i in (0, 1)]
+        return *_as_inputs([ds, None, *taus], tensors), *(None,) * 5
+
+
+def _backward(ctx, grad):
+    """The gradients of (student, teacher, tau_s, tau_t) by the backward kernel, and None for the other arguments."""
+    *tensors, stats = ctx.saved_tensors
+    needs = tuple(ctx.needs_input_grad[:4])
+    rows = grad if ctx.coefficient is None else (grad * ctx.coefficient).expand(stats.shape[0])
+    grads = _unpack(KdKlBackward.apply(rows, *tensors, stats, ctx.options, needs), needs)
+    return *_as_inputs(grads, tensors), *(None,) * 5
+
+
+class KdKl(torch.autograd.Function):
+    """Row losses, or their sum times `coefficient`, and the row statistics."""
+
+    @staticmethod
+    def forward(student, teacher, tau_s, tau_t, labels, target, weight, options, coefficient):
+        tensors = _contiguous((student, teacher, tau_s, tau_t, labels, target, weight))
+        with torch._C._AutoDispatchBelowAutograd():  # straight to the kernel
+            loss, stats = _FORWARD(*tensors, *options, tau_s is not None or tau_t is not None)
         return (loss if coefficient is None else loss.sum() * coefficient), stats
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs[:7], output[1])
         ctx.save_for_forward(*inputs[:7], output[1])
-        ctx.options, ctx.coefficient = inputs[7:9]
-        ctx.student_grad = output[2] if len(output) == 3 else None
-        ctx.kept = len(output) - 1
+        ctx.options, ctx.coefficient = inputs[7:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 10
-        needs = tuple(ctx.needs_input_grad[:4])
-        ds, ctx.student_grad = ctx.student_grad, None  # given away: a second backward makes its own
-        if ds is not None and not torch.is_grad_enabled():
-            factor = grad.item()  # a CPU scalar
-            ds = ds if factor == 1.0 else ds.mul_(factor)
-            if not (needs[2] or needs[3]):
-                return ds, *(None,) * 9
-            *tensors, stats = ctx.saved_tensors
-            taus = [stats[:, 6 + i] * (factor * ctx.coefficient) if needs[2 + i] else None for i in (0, 1)]
-            return *_as_inputs([ds, None, *taus], tensors), *(None,) * 6
-        *tensors, stats = ctx.saved_tensors
-        rows = grad if ctx.coefficient is None else (grad * ctx.coefficient).expand(stats.shape[0])
-        grads = _unpack(KdKlBackward.apply(rows, *tensors, stats, ctx.options, needs), needs)
-        return *_as_inputs(grads, tensors), *(None,) * 6
+    def backward(ctx, grad, _):
+        return (None,) * 9 if grad is None else _backward(ctx, grad)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -208,11 +235,11 @@ class KdKl(torch.autograd.Function):
         given = tuple(t is not None for t in tangents[:4])
         grads = KdKlBackward.apply(torch.ones_like(stats[:, 0]), *tensors, stats, ctx.options, given)
         loss = sum(_row_dot(g, t) for g, t in zip(_unpack(grads, given), tangents[:4], strict=True) if g is not None)
-        return (loss if ctx.coefficient is None else loss.sum() * ctx.coefficient), *(None,) * ctx.kept
+        return (loss if ctx.coefficient is None else loss.sum() * ctx.coefficient), None
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        loss, stats = KdKl.apply(*_fold(info, in_dims[:7], args[:7]), args[7], None, False)
+        loss, stats = KdKl.apply(*_fold(info, in_dims[:7], args[:7]), args[7], None)
         loss, stats = (x.unflatten(0, (info.batch_size, -1)) for x in (loss, stats))
         return (loss if args[8] is None else loss.sum(-1) * args[8], stats), (0, 0)
 
