@@ -304,8 +304,8 @@ def backward_kernel(
 
 def tile(classes: int, dtype: torch.dtype, divergence: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program: several whole rows of few classes, one row of more, of many 4096 columns
-    at a time (half in fp64, half for jsd and dkd). A thread holds 8 columns or the scalars of 2 rows: more spills."""
-    widest = 4096 // (2 if dtype == torch.float64 else 1) // (2 if divergence >= JSD.value else 1)
+    at a time (fp64: half, jsd and dkd: a quarter). A thread holds 8 columns or the scalars of 2 rows: more spills."""
+    widest = 4096 // (2 if dtype == torch.float64 else 1) // (4 if divergence >= JSD.value else 1)
     columns = min(max(16, triton.next_power_of_2(classes)), widest)
     return max(1, 128 // columns), columns, max(2, columns // 256)
 

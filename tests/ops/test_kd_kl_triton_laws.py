@@ -1,4 +1,4 @@
-"""The law suite on Triton's kernels, on a CPU under its interpreter."""
+"""The law suite on Triton's kernels, on a CPU under its interpreter, in two parts for two workers."""
 
 import os
 import subprocess
@@ -12,10 +12,11 @@ import kdfast.triton
 HERE = Path(__file__).resolve().parent
 
 
-def test_laws_under_the_interpreter(tmp_path):
+@pytest.mark.parametrize("part", ["jsd or dkd", "not jsd and not dkd"])
+def test_laws_under_the_interpreter(part, tmp_path):
     if not kdfast.triton.installed():
         pytest.skip("triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", part]
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(HERE / "kd_kl_triton_laws.py")],
