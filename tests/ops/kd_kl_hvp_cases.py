@@ -67,15 +67,14 @@ def check(case, kernel, device="cpu", truncates=False):
             assert x.shape == e.shape, name
             assert x.dtype == (case.dtype if narrow else accumulate_dtype(case.dtype)), name
             # What a number is made of: a product of probabilities up to 1 with log ratios and their changes that all
-            # but cancel (taken as 4 times the result), and for a temperature a sum over the row of such products times
-            # distances between logits.
+            # but cancel, and for a temperature a sum over the row of such products times distances between logits.
             magnitude = e.abs().max().item() + 1
             if not narrow:
                 i = NAMES.index(name) - 2
                 distance = (tensors[i].double() - tensors[i].double().amax(-1, keepdim=True)).masked_fill(
                     tensors[i] == -torch.inf, 0
                 )
-                magnitude += 4 * ((exact[i] * distance).abs().sum(-1) / tensors[i + 2].double()).max().item()
+                magnitude += ((exact[i] * distance).abs().sum(-1) / tensors[i + 2].double()).max().item()
             compare(name, x, e, t.to(x.dtype), magnitude, truncates)
 
 
