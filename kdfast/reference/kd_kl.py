@@ -6,7 +6,11 @@
     D = sum p (log p - log q)   forward_kl
       = sum q (log q - log p)   reverse_kl
       = - sum p log q           soft_ce
+      = the generalised Jensen-Shannon divergence (jsd) or decoupled distillation (dkd): kd_kl_divergences.py
     scale = tau_s^2 | tau_s tau_t | 1
+
+`student` and `teacher` stand for the logits x after x' = softcap tanh(logit_scale x / softcap), or logit_scale x
+without a softcap; the hard labels' cross-entropy sees the student's x' too.
 
 Plain PyTorch, one row at a time in meaning, no speed tricks: this is what runs where nothing is
 compiled, and what every compiled version is tested against. `kd_kl` is the definition;
@@ -14,13 +18,18 @@ compiled, and what every compiled version is tested against. `kd_kl` is the defi
 
 Masked classes: a logit of -inf has probability zero, and a class of probability zero adds zero to
 a sum over that probability (0 log 0 = 0). Label smoothing spreads over the student's finite classes.
-A row whose label is ignore_index counts for nothing; one whose label is out of range is NaN.
+A row whose label is ignore_index counts for nothing; one whose label is out of range is NaN. A masked logit stays
+masked under a softcap.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kdfast.reference.kd_kl_divergences import DKD as DecoupledKD
+from kdfast.reference.kd_kl_divergences import JSD as JensenShannon
+from kdfast.reference.kd_kl_divergences import KL, softmax_jacobian
 
 FORWARD_KL, REVERSE_KL, SOFT_CE, JSD, DKD = 0, 1, 2, 3, 4
 SCALE_TAU2, SCALE_PRODUCT, SCALE_NONE = 0, 1, 2
@@ -29,6 +38,7 @@ SCALE_TAU2, SCALE_PRODUCT, SCALE_NONE = 0, 1, 2
 # (student - max) / tau - log_z keeps its digits for logits far from zero where lse would not:
 #   0 max(student)  1 max(teacher)  2 log sum exp(u - max u)  3 log sum exp(v - max v)
 #   4 log sum exp(student - max student)  5 D  6 d loss / d tau_s  7 d loss / d tau_t  (6, 7 only when asked)
+# For jsd and dkd the columns 0 to 5 of a compiled kernel are what its own backward needs.
 STATS = 8
 
 
@@ -68,7 +78,7 @@ def kd_kl(
 ) -> Tensor:  # [rows]
     """The distillation loss of every row, in fp32 (fp64 for fp64 logits)."""
     x = _Rows(student, teacher, student_temperature, teacher_temperature, labels, weight, options)
-    loss = x.c * x.divergence() if options.alpha < 1 else torch.zeros_like(x.lse_u)
+    loss = x.c * x.divergence.value() if options.alpha < 1 else torch.zeros_like(x.lse_u)
     if options.alpha > 0:
         loss = (1 - options.alpha) * loss + options.alpha * x.cross_entropy(labels, target)
     return (loss if x.coefficient is None else x.coefficient * loss).squeeze(-1)
@@ -77,22 +87,21 @@ def kd_kl(
 def kd_kl_gradient(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d loss / d (student, teacher, tau_s, tau_t): [rows, classes] twice, then [rows] twice.
 
-    With r = k log p - log q (k = 1 for a KL, 0 for soft_ce), a = dD/du and b = dD/dv:
+    With a = dD/du and b = dD/dv (for forward_kl q - p and p (log p - log q - D)):
 
-        a = q - p,  b = p (r - D)       and the roles of (u, q) and (v, p) change for reverse_kl
         d/dstudent = c a / tau_s        d/dtau_s = -c <a, u> / tau_s + D dc/dtau_s
+
+    and d/dx = x'(x) d/dx' for the raw logits.
     """
     student, teacher, student_temperature, teacher_temperature, labels, target, weight, options = args
     x = _Rows(student, teacher, student_temperature, teacher_temperature, labels, weight, options)
-    a, b, d = x.divergence_gradient()
+    a, b, d = x.divergence.gradient()
     c_s, c_t = x.scale_gradient()
     keep = 1 - options.alpha
-    ds, dt = keep * x.c * a / x.tau_s, keep * x.c * b / x.tau_t
+    ds, dt = x.logit_gradients(a, b, labels, target)
     dtau_s = keep * (c_s * d - x.c * (a * x.u_finite).sum(-1, keepdim=True) / x.tau_s)
     dtau_t = keep * (c_t * d - x.c * (b * x.v_finite).sum(-1, keepdim=True) / x.tau_t)
-    if options.alpha > 0:
-        mass, weighted = x.hard_target(labels, target)
-        ds = ds + options.alpha * (mass * x.log_prob.exp() - weighted)
+    ds, dt = x.slope_s * ds, x.slope_t * dt
     if x.coefficient is not None:
         ds, dt, dtau_s, dtau_t = (x.coefficient * g for g in (ds, dt, dtau_s, dtau_t))
     return ds, dt, dtau_s.squeeze(-1), dtau_t.squeeze(-1)
@@ -103,9 +112,9 @@ def kd_kl_stats(*args) -> Tensor:  # [rows, STATS]
     *arguments, temperature_grad = args
     student, teacher, student_temperature, teacher_temperature, labels, _, weight, options = arguments
     x = _Rows(student, teacher, student_temperature, teacher_temperature, labels, weight, options)
-    columns = [z.amax(-1, keepdim=True) for z in (student.to(x.dtype), teacher.to(x.dtype))]
+    columns = [cap(z.to(x.dtype), options).amax(-1, keepdim=True) for z in (student, teacher)]
     columns += [(z - z.amax(-1, keepdim=True)).logsumexp(-1, keepdim=True) for z in (x.u, x.v, x.s)]
-    columns.append(x.divergence())
+    columns.append(x.divergence.value())
     gradients = kd_kl_gradient(*arguments)[2:] if temperature_grad else [torch.zeros_like(x.s[:, 0])] * 2
     return torch.cat([*columns, *(g.unsqueeze(-1) for g in gradients)], -1)
 
@@ -113,10 +122,9 @@ def kd_kl_stats(*args) -> Tensor:  # [rows, STATS]
 def kd_kl_hvp(*args, direction: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hessian of the row's loss in (student, teacher, tau_s, tau_t) times `direction`, same shapes.
 
-    Everything is one primitive, J(p) x = p (x - <p, x>). A dot is the derivative along `direction`:
+    A dot is the derivative along `direction`; the divergence gives a. and b. for
 
-        u. = (w_s - u w_tau_s) / tau_s        q. = J(q) u.        p. = J(p) v.
-        a. = q. - p.     b. = p. (r - D) + p (r. - D.)            D. = <a, u.> + <b, v.>
+        u. = (x'. - u w_tau_s) / tau_s,    x'. = slope w_s        and the same of v
     """
     student, teacher, student_temperature, teacher_temperature, labels, target, weight, options = args
     x = _Rows(student, teacher, student_temperature, teacher_temperature, labels, weight, options)
@@ -126,10 +134,11 @@ def kd_kl_hvp(*args, direction: tuple[Tensor | None, ...]) -> tuple[Tensor, Tens
         else w.to(x.dtype).reshape(w.shape if w.dim() == 2 else (-1, 1))
         for w in direction
     )
-    u_dot = (w_s - x.u_finite * w_tau_s) / x.tau_s
-    v_dot = (w_t - x.v_finite * w_tau_t) / x.tau_t
-    a, b, d = x.divergence_gradient()
-    a_dot, b_dot, d_dot = x.divergence_second(u_dot, v_dot, a, b, d)
+    s_dot, t_dot = x.slope_s * w_s, x.slope_t * w_t
+    u_dot = (s_dot - x.u_finite * w_tau_s) / x.tau_s
+    v_dot = (t_dot - x.v_finite * w_tau_t) / x.tau_t
+    a, b, d = x.divergence.gradient()
+    a_dot, b_dot, d_dot = x.divergence.second(u_dot, v_dot)
     c, (c_s, c_t), (c_ss, c_st, c_tt) = x.c, x.scale_gradient(), x.scale_hessian()
     c_dot = c_s * w_tau_s + c_t * w_tau_t
 
@@ -149,16 +158,31 @@ def kd_kl_hvp(*args, direction: tuple[Tensor | None, ...]) -> tuple[Tensor, Tens
     htau_t = keep * temperature(b, b_dot, x.v_finite, v_dot, x.tau_t, w_tau_t, c_t, c_t_dot)
     if options.alpha > 0:
         mass, _ = x.hard_target(labels, target)
-        hs = hs + options.alpha * mass * _j(x.log_prob.exp(), w_s)
+        hs = hs + options.alpha * mass * softmax_jacobian(x.log_prob.exp(), s_dot)
+    if options.softcap > 0:  # x' bends: its slope has a derivative of its own
+        ds, dt = x.logit_gradients(a, b, labels, target)
+        hs, ht = hs + x.bend_s * w_s * ds, ht + x.bend_t * w_t * dt
+    hs, ht = x.slope_s * hs, x.slope_t * ht
     if x.coefficient is not None:
         hs, ht, htau_s, htau_t = (x.coefficient * h for h in (hs, ht, htau_s, htau_t))
     rows = student.shape[0]
     return hs, ht, htau_s.expand(rows, 1).squeeze(-1), htau_t.expand(rows, 1).squeeze(-1)
 
 
-def _j(p: Tensor, x: Tensor) -> Tensor:
-    """The Jacobian of softmax times x."""
-    return p * (x - (p * x).sum(-1, keepdim=True))
+def cap(x: Tensor, options: Options) -> Tensor:
+    """x' = softcap tanh(logit_scale x / softcap), or logit_scale x; -inf stays."""
+    if options.softcap > 0:
+        capped = options.softcap * torch.tanh(x * (options.logit_scale / options.softcap))
+        return capped.masked_fill(x == -torch.inf, -torch.inf)
+    return x if options.logit_scale == 1 else options.logit_scale * x
+
+
+def _slope(capped: Tensor, options: Options) -> tuple[Tensor | float, Tensor | float]:
+    """dx'/dx, and the derivative of its logarithm in x; 0 and 0 for masked classes under a softcap."""
+    if options.softcap > 0:
+        y = capped.masked_fill(capped == -torch.inf, -options.softcap) / options.softcap
+        return options.logit_scale * (1 - y * y), -2 * options.logit_scale / options.softcap * y
+    return options.logit_scale, 0.0
 
 
 class _Rows:
@@ -175,6 +199,8 @@ class _Rows:
             one = torch.ones_like(counted, dtype=self.dtype) if weight is None else self.coefficient
             outside = counted & ((labels < 0) | (labels >= s.shape[-1])).unsqueeze(-1)
             self.coefficient = one.masked_fill(~counted, 0).masked_fill(outside, torch.nan)
+        s, t = cap(s, options), cap(t, options)
+        (self.slope_s, self.bend_s), (self.slope_t, self.bend_t) = _slope(s, options), _slope(t, options)
         # Softmax does not see a shift; temperature gradients far from zero would lose their digits to it.
         s, t = (z - z.amax(-1, keepdim=True).detach() for z in (s, t))
         self.tau_s = options.tau_s if student_temperature is None else student_temperature.unsqueeze(-1)
@@ -186,51 +212,36 @@ class _Rows:
         self.u = self.u_finite.masked_fill(self.masked_s, -torch.inf)
         self.v = self.v_finite.masked_fill(self.masked_t, -torch.inf)
         self.lse_u, self.lse_v = (z.logsumexp(-1, keepdim=True) for z in (self.u, self.v))
-        self.log_q, self.log_p = self.u - self.lse_u, self.v - self.lse_v
-        scale = options.scale
-        self.c = {0: self.tau_s**2, 1: self.tau_s * self.tau_t, 2: 1.0}[scale]
+        self.divergence = self._divergence(labels)
+        self.c = {0: self.tau_s**2, 1: self.tau_s * self.tau_t, 2: 1.0}[options.scale]
+
+    def _divergence(self, labels) -> KL | JensenShannon | DecoupledKD:
+        o = self.options
+        if o.divergence == DKD:
+            at_label = torch.zeros_like(self.s, dtype=torch.bool).scatter(-1, self._safe(labels), True)
+            return DecoupledKD(self.u, self.v, at_label, o.beta, o.target_weight)
+        log_q, log_p = self.u - self.lse_u, self.v - self.lse_v
+        if o.divergence == JSD:
+            return JensenShannon(log_q, log_p, o.beta)
+        return KL(log_q, log_p, o.divergence == REVERSE_KL, o.divergence != SOFT_CE)
+
+    def _safe(self, labels: Tensor) -> Tensor:  # [rows, 1]
+        """Labels that can be looked up; rows where this changes something do not count or are NaN."""
+        return labels.masked_fill((labels < 0) | (labels >= self.s.shape[-1]), 0).unsqueeze(-1)
 
     @property
     def log_prob(self) -> Tensor:
         """log softmax of the student at temperature one, which the hard labels see."""
         return self.s.log_softmax(-1)
 
-    def _from_to(self):
-        """(log of the distribution that weighs, log of the other): D = sum from (k log from - log to)."""
-        pair = (self.log_p, self.log_q)
-        return pair[::-1] if self.options.divergence == REVERSE_KL else pair
-
-    def _ratio(self):
-        """The weighing distribution, and r = k log from - log to with 0 where that distribution is 0."""
-        log_from, log_to = self._from_to()
-        p = log_from.exp()
-        log_from, log_to = (z.masked_fill(p == 0, 0) for z in (log_from, log_to))
-        return p, (-log_to if self.options.divergence == SOFT_CE else log_from - log_to)
-
-    def divergence(self) -> Tensor:
-        p, r = self._ratio()
-        return (p * r).sum(-1, keepdim=True)
-
-    def divergence_gradient(self):
-        p, r = self._ratio()
-        d = (p * r).sum(-1, keepdim=True)
-        other = self._from_to()[1].exp()
-        a, b = other - p, p * (r - d)
-        return (b, a, d) if self.options.divergence == REVERSE_KL else (a, b, d)
-
-    def divergence_second(self, u_dot, v_dot, a, b, d):
-        swap = self.options.divergence == REVERSE_KL
-        to_dot, from_dot = (v_dot, u_dot) if swap else (u_dot, v_dot)
-        p, r = self._ratio()
-        q = self._from_to()[1].exp()
-        p_dot = _j(p, from_dot)
-        log_q_dot = to_dot - (q * to_dot).sum(-1, keepdim=True)
-        log_p_dot = from_dot - (p * from_dot).sum(-1, keepdim=True)
-        r_dot = -log_q_dot if self.options.divergence == SOFT_CE else log_p_dot - log_q_dot
-        d_dot = (p_dot * r + p * r_dot).sum(-1, keepdim=True)
-        to_second = _j(q, to_dot) - p_dot
-        from_second = p_dot * (r - d) + p * (r_dot - d_dot)
-        return (from_second, to_second, d_dot) if swap else (to_second, from_second, d_dot)
+    def logit_gradients(self, a, b, labels, target):
+        """d loss / d (student', teacher') without the row's coefficient."""
+        keep = 1 - self.options.alpha
+        ds, dt = keep * self.c * a / self.tau_s, keep * self.c * b / self.tau_t
+        if self.options.alpha > 0:
+            mass, weighted = self.hard_target(labels, target)
+            ds = ds + self.options.alpha * (mass * self.log_prob.exp() - weighted)
+        return ds, dt
 
     def scale_gradient(self):
         return {0: (2 * self.tau_s, 0.0), 1: (self.tau_t, self.tau_s), 2: (0.0, 0.0)}[self.options.scale]
@@ -242,8 +253,7 @@ class _Rows:
         """(its total mass [rows, 1], the smoothed target [rows, classes])."""
         smoothing = self.options.label_smoothing
         if target is None:
-            safe = labels.masked_fill((labels < 0) | (labels >= self.s.shape[-1]), 0).unsqueeze(-1)
-            target = torch.zeros_like(self.s).scatter(-1, safe, 1.0)
+            target = torch.zeros_like(self.s).scatter(-1, self._safe(labels), 1.0)
         target = target.to(self.dtype)
         if smoothing > 0:
             finite = (~self.masked_s).to(self.dtype)
