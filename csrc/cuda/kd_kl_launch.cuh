@@ -62,6 +62,26 @@ unsigned share_warps(Call<T, A>& call, int chunks) {
   return static_cast<unsigned>((call.rows + rows_a_block - 1) / rows_a_block);
 }
 
+template <class C>
+cudaError_t launch(void (*kernel)(C), dim3 blocks, int threads, cudaStream_t stream, const C& call, int64_t bytes = 0,
+                   int cluster = 1) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = cluster > 1;
+  if (cluster > 1) {
+    int fitting = 0;  // clusters of this size that a GPU, or the slice of one we have, can hold
+    if (cudaOccupancyMaxActiveClusters(&fitting, kernel, &config) != cudaSuccess || fitting == 0) {
+      cudaGetLastError();  // forgotten: the caller has another way
+      return cudaErrorNotSupported;
+    }
+  }
+  return cudaLaunchKernelEx(&config, kernel, call);
+}
+
 // ---------------------------------------------------------------- forward, backward
 // One block a row, or where rows are too few to fill a GPU so many that a thread still has two chunks.
 template <class F>
@@ -78,28 +98,23 @@ cudaError_t launch_forward(const Request& r) {
   const int chunks = chunks_of(r.classes, F::N);
   if (r.classes <= kNarrow) {
     const unsigned blocks = share_warps(call, chunks);
-    forward<F, LaneGroup><<<blocks, kNarrowThreads, 0, r.stream>>>(call);
-    return cudaGetLastError();
+    return launch(forward<F, LaneGroup>, blocks, kNarrowThreads, r.stream, call);
   }
   const unsigned rows = static_cast<unsigned>(r.rows);
   const int threads = wide_threads<F, false>(chunks);
   const int parts = parts_of_forward<F>(r);
-  if (parts == 1) {
-    forward<F, BlockGroup><<<rows, threads, 0, r.stream>>>(call);
-    return cudaGetLastError();
-  }
+  void (*const kernel)(CallOf<F>) = forward<F, BlockGroup>;
+  if (parts == 1) return launch(kernel, rows, threads, r.stream, call);
   call.lanes = parts;
   const dim3 shared(rows, parts);
   call.stage = kSumUp;
-  forward<F, BlockGroup><<<shared, threads, 0, r.stream>>>(call);
+  if (auto e = launch(kernel, shared, threads, r.stream, call)) return e;
   if (call.options.soft && (F::kFamily == kJsd || call.temperature_grad)) {
     call.stage = kLookAgain;
-    forward<F, BlockGroup><<<shared, threads, 0, r.stream>>>(call);
+    if (auto e = launch(kernel, shared, threads, r.stream, call)) return e;
   }
   call.stage = kConclude;
-  const int one_each = std::max(kWarp, power_of_two_from(parts));
-  forward<F, BlockGroup><<<rows, one_each, 0, r.stream>>>(call);
-  return cudaGetLastError();
+  return launch(kernel, rows, std::max(kWarp, power_of_two_from(parts)), r.stream, call);
 }
 
 template <class F>
@@ -108,8 +123,7 @@ cudaError_t launch_backward(const Request& r) {
   const int chunks = chunks_of(r.classes, F::N);
   if (r.classes <= kNarrow) {
     const unsigned blocks = share_warps(call, chunks);
-    backward<F, LaneGroup><<<blocks, kNarrowThreads, 0, r.stream>>>(call);
-    return cudaGetLastError();
+    return launch(backward<F, LaneGroup>, blocks, kNarrowThreads, r.stream, call);
   }
   const int threads = wide_threads<F, false>(chunks);
   const bool sums_first = call.options.hard && (F::kFamily == kJsd || call.target != nullptr ||
@@ -117,8 +131,7 @@ cudaError_t launch_backward(const Request& r) {
   constexpr int64_t kEnough = 1024;  // blocks that fill the largest GPUs
   const int64_t parts = sums_first ? 1 : std::min<int64_t>(kEnough / r.rows, chunks / threads);
   const dim3 blocks(static_cast<unsigned>(r.rows), static_cast<unsigned>(std::max<int64_t>(1, parts)));
-  backward<F, BlockGroup><<<blocks, threads, 0, r.stream>>>(call);
-  return cudaGetLastError();
+  return launch(backward<F, BlockGroup>, blocks, threads, r.stream, call);
 }
 
 // ---------------------------------------------------------------- value_and_grad
@@ -132,35 +145,21 @@ inline cudaError_t limits_of(int device, Limits& out) {
   return cudaDeviceGetAttribute(&out.clusters, cudaDevAttrClusterLaunch, device);
 }
 
-inline int slots_bytes(int chunks, int sharers, int threads) {
-  const int turns = (chunks + sharers - 1) / sharers;
-  return turns * threads * 2 * static_cast<int>(sizeof(uint4));
+inline int64_t slots_bytes(int chunks, int sharers, int threads) {
+  const int64_t turns = (chunks + sharers - 1) / sharers;
+  return turns * threads * 2 * static_cast<int64_t>(sizeof(uint4));
 }
 
 template <class F, class Group>
-cudaError_t launch_fused(const CallOf<F>& call, unsigned rows, int cluster, int threads, int bytes,
-                         cudaStream_t stream) {
+cudaError_t launch_fused(const CallOf<F>& call, unsigned blocks, int threads, int64_t bytes,
+                         cudaStream_t stream, int cluster = 1) {
   void (*const kernel)(CallOf<F>) = value_and_grad<F, Group>;
-  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
-  if constexpr (std::is_same_v<Group, ClusterGroup>) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(rows * cluster), config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = bytes, config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = 1;
-    if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, cluster > 8)) return e;
-    int fitting = 0;  // clusters of this size that a GPU, or the slice of one we have, can hold
-    if (cudaOccupancyMaxActiveClusters(&fitting, kernel, &config) != cudaSuccess || fitting == 0) {
-      cudaGetLastError();  // forgotten: the caller has another way
-      return cudaErrorNotSupported;
-    }
-    return cudaLaunchKernelEx(&config, kernel, call);
-  } else {
-    kernel<<<rows, threads, bytes, stream>>>(call);
-    return cudaGetLastError();
+  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(bytes))) return e;
+  if (cluster > 8) {
+    if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return e;
   }
+  return launch(kernel, blocks, threads, stream, call, bytes, cluster);
 }
 
 template <class F>
@@ -169,8 +168,8 @@ cudaError_t launch_value_and_grad(const Request& r) {
   const int chunks = chunks_of(r.classes, F::N);
   if (r.classes <= kNarrow) {
     const unsigned blocks = share_warps(call, chunks);
-    return launch_fused<F, LaneGroup>(call, blocks, 1, kNarrowThreads,
-                                      slots_bytes(chunks, call.lanes, kNarrowThreads), r.stream);
+    const int64_t bytes = slots_bytes(chunks, call.lanes, kNarrowThreads);
+    return launch_fused<F, LaneGroup>(call, blocks, kNarrowThreads, bytes, r.stream);
   }
   Limits limits;
   if (auto e = limits_of(r.device, limits)) return e;
@@ -179,11 +178,11 @@ cudaError_t launch_value_and_grad(const Request& r) {
   for (const int room : {limits.shared / 2, limits.shared}) {
     for (int cluster = 1; cluster <= (limits.clusters ? 16 : 1); cluster *= 2) {
       const int threads = wide_threads<F, true>(chunks / cluster);
-      const int bytes = slots_bytes(chunks, threads * cluster, threads);
+      const int64_t bytes = slots_bytes(chunks, threads * cluster, threads);
       if (bytes > room || r.rows * cluster > INT32_MAX) continue;
-      const unsigned rows = static_cast<unsigned>(r.rows);
-      if (cluster == 1) return launch_fused<F, BlockGroup>(call, rows, 1, threads, bytes, r.stream);
-      const cudaError_t e = launch_fused<F, ClusterGroup>(call, rows, cluster, threads, bytes, r.stream);
+      const unsigned blocks = static_cast<unsigned>(r.rows * cluster);
+      if (cluster == 1) return launch_fused<F, BlockGroup>(call, blocks, threads, bytes, r.stream);
+      const cudaError_t e = launch_fused<F, ClusterGroup>(call, blocks, threads, bytes, r.stream, cluster);
       if (e != cudaErrorNotSupported) return e;
     }
   }

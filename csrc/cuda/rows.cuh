@@ -186,7 +186,7 @@ struct BlockGroup {
     const int thread = threadIdx.x;
     if (thread % kWarp == 0) of_warp[thread / kWarp] = state;
     __syncthreads();
-    state = thread % kWarp < blockDim.x / kWarp ? of_warp[thread % kWarp] : State{};
+    state = thread % kWarp < static_cast<int>(blockDim.x) / kWarp ? of_warp[thread % kWarp] : State{};
     __syncthreads();  // the memory may be written again by the next reduction of this type
     combine(state, kWarp);  // in every warp, so that every thread has the result without a third barrier
   }
