@@ -5,7 +5,7 @@
 //
 // m wants p and q normalised, so a row is swept twice: maxima and normalisers, then JsdSums. <q, f> and
 // <p, h> are the two halves of D, and all the gradients need beside the normalisers. Logarithms are taken of
-// the ratios, which lie in [0, 1 / (1 - beta)] and [0, 1 / beta]: exactly 1, and D exactly 0, where p = q.
+// the ratios, at most 1 / beta and 1 / (1 - beta), and 1 to a rounding where p = q.
 // Memory for one row of C classes of b bytes: forward reads 2 C b twice, the second time mostly from cache.
 // Source: Agarwal et al. 2023, "On-policy distillation of language models" (arXiv:2306.13649), eq. 1.
 #pragma once

@@ -10,7 +10,6 @@ JSD, DKD = {"divergence": 3}, {"divergence": 4}
 CAPPED = {"softcap": 12.0, "logit_scale": 1.5}
 BF16, FP64 = torch.bfloat16, torch.float64
 
-# fmt: skip
 OTHERS = [
     # The two other divergences: alone, with temperatures, hard labels, masks, ignored rows, each storage type.
     Case("jsd", 3, 37, Options(4.0, 2.0, **JSD)),
@@ -100,3 +99,89 @@ def check_value_and_grad(case: Case, value_and_grad, forward, device="cpu", coef
     torch.testing.assert_close(loss.double(), coefficient * rows.double().sum(), rtol=tolerance, atol=tolerance)
     grad = torch.full((case.rows,), coefficient, dtype=accumulate, device=device)
     compare_all(case, [None, ds, None, None, None], tensors, grad)
+
+
+# ---------------------------------------------------------------- edges, functions of the kernels as in kd_kl_cases
+def dkd_keeps_the_others_beside_a_sure_label(forward, backward, device="cpu") -> None:
+    """1 - p_t is 0 in fp32, and the other classes' part is none the less exact; so are its gradients."""
+    case = Case("sure", 3, 21, Options(1.0, 1.0, beta=8.0, **DKD), hard="labels")
+    tensors = make(case, device)
+    rows = torch.arange(3, device=device)
+    for x in tensors[:2]:
+        x[rows, tensors[4]] = 200.0
+    grad = torch.ones(3, device=device)
+    truth = autograd(tensors, case.options, grad, torch.float64)
+    ours, _ = run(forward, backward, tensors, case.options, grad)
+    assert truth[0].min() > 1
+    for x, y in zip(ours[:3], truth[:3], strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=4e-5)  # 8 (beta) 16 (log q^) 2^-23, and twice that
+
+
+def dkd_may_mask_the_label(forward, backward, device="cpu") -> None:
+    """Masked in both: the others are all there is. In the student alone: infinite, and not NaN."""
+    case = Case("masked label", 2, 21, Options(1.0, 1.0, beta=2.0, **DKD), hard="labels")
+    tensors = make(case, device)
+    tensors[0][0, tensors[4][0]] = tensors[1][0, tensors[4][0]] = -INF
+    tensors[0][1, tensors[4][1]] = -INF
+    (loss, ds, dt, *_), _ = run(forward, backward, tensors, case.options, torch.ones(2, device=device))
+    truth = autograd(tensors, case.options, torch.ones(2, device=device), torch.float64)
+    for x, y in zip((loss, ds, dt), truth[:3], strict=True):
+        torch.testing.assert_close(x[0].double(), y[0], rtol=1e-5, atol=1e-5)
+    assert loss[1] == INF
+
+
+def jsd_of_equal_distributions_is_zero(forward, backward, device="cpu") -> None:
+    logits = make(Case("equal", 4, 300), device)[0]
+    for beta in (0.2, 0.7):
+        tensors = (logits, logits.clone(), *(None,) * 5)
+        options = Options(2.0, 2.0, beta=beta, **JSD)
+        for x in run(forward, backward, tensors, options, torch.ones(4, device=device))[0][:3]:
+            assert x.abs().max() < 4e-7  # a ratio is rounded once, its logarithm once
+
+
+def disjoint_distributions_have_the_largest_jsd(forward, backward, device="cpu") -> None:
+    """Where one is 0 the mixture is a multiple of the other: the entropy of the shares, and no NaN."""
+    student = torch.tensor([[0.0, 1.0, -INF, -INF], [0.0, 0.0, -300.0, -300.0]], device=device)
+    tensors = (student, student.flip(1).contiguous(), *(None,) * 5)
+    beta = torch.tensor(0.3, dtype=torch.float64)
+    (loss, ds, dt, *_), _ = run(
+        forward, backward, tensors, Options(1.0, 1.0, beta=0.3, **JSD), torch.ones(2, device=device)
+    )
+    want = -(beta * beta.log() + (1 - beta) * (1 - beta).log())
+    torch.testing.assert_close(loss.double().cpu(), want.expand(2), rtol=1e-6, atol=0)
+    assert ds.abs().max() < 1e-6
+    assert dt.abs().max() < 1e-6
+
+
+def bad_rows_of_other_divergences_stay_alone(forward, backward, device="cpu") -> None:
+    """A label out of range and a NaN logit are NaN in their rows; an ignored row may hold anything."""
+    for options in (Options(2.0, 3.0, 0.3, **JSD), Options(2.0, 3.0, 0.3, **DKD, **CAPPED)):
+        case = Case("bad", 6, 19, options, hard="labels", temperatures="rows")
+        tensors = make(case, device)
+        tensors[4][0], tensors[4][1], tensors[4][4] = 19, -1, options.ignore_index
+        tensors[0][2, 7] = tensors[1][3, 0] = tensors[0][4, 3] = float("nan")
+        (loss, ds, *_), stats = run(forward, backward, tensors, options, torch.ones(6, device=device))
+        assert loss.isnan().tolist() == [True] * 4 + [False] * 2
+        assert ds.isnan().any(-1).tolist() == [True] * 4 + [False] * 2
+        assert loss[4] == 0
+        assert (ds[4] == 0).all()
+        assert (stats[4] == 0).all()
+
+
+def masked_stays_masked_under_a_cap(forward, backward, device="cpu") -> None:
+    case = Case("capped", 3, 19, Options(2.0, 3.0, 0.3, **CAPPED), hard="labels", masked=True)
+    tensors = make(case, device)
+    (loss, ds, dt, *_), _ = run(forward, backward, tensors, case.options, torch.ones(3, device=device))
+    assert loss.isfinite().all()
+    assert (ds[tensors[0] == -INF] == 0).all()
+    assert (dt[tensors[1] == -INF] == 0).all()
+
+
+OTHER_EDGES = [
+    dkd_keeps_the_others_beside_a_sure_label,
+    dkd_may_mask_the_label,
+    jsd_of_equal_distributions_is_zero,
+    disjoint_distributions_have_the_largest_jsd,
+    bad_rows_of_other_divergences_stay_alone,
+    masked_stays_masked_under_a_cap,
+]

@@ -14,14 +14,18 @@ import torch
 
 from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype
 from tests.ops.kd_kl_cases import CASES, EDGES, Case, check, make, run
-from tests.ops.kd_kl_cuda_cases import JSD, OTHERS, SPLIT, check_others, check_value_and_grad
+from tests.ops.kd_kl_cuda_cases import JSD, OTHER_EDGES, OTHERS, SPLIT, check_others, check_value_and_grad
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = 17  # kPart
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 COLUMNS = ("student_temperature", "teacher_temperature", "labels", "weight", "grad")
 OUTPUTS = ("loss", "stats", "parts", "student_grad", "teacher_grad")
-LIMITS = {"sm_90": (232448, 16), "sm_80": (166912, 1), "sm_120": (101376, 8)}  # bytes a block may have, blocks a cluster
+LIMITS = {"sm_90": (232448, 16), "sm_80": (166912, 1), "sm_120": (101376, 8)}  # bytes a block, blocks a cluster
+    "sm_90": (232448, 16),
+    "sm_80": (166912, 1),
+    "sm_120": (101376, 8),
+}  # bytes a block may have, blocks a cluster
 
 
 class _Column(ctypes.Structure):
@@ -143,7 +147,7 @@ def test_case(case, kernels):
     check(case, kernels.forward, kernels.backward)
 
 
-@pytest.mark.parametrize("edge", EDGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("edge", EDGES + OTHER_EDGES, ids=lambda f: f.__name__)
 def test_edge(edge, kernels):
     edge(kernels.forward, kernels.backward)
 
@@ -177,7 +181,6 @@ FUSED = [
 
 @pytest.mark.parametrize("case", FUSED, ids=str)
 def test_value_and_grad(case, kernels):
-    kernels.library.launches()
     check_value_and_grad(case, kernels.value_and_grad, kernels.forward)
 
 
@@ -197,6 +200,8 @@ def test_value_and_grad_of_a_wide_row(case, gpu, clusters, kernels):
         if clusters is None:
             assert kernels.value_and_grad(*make(case), *case.options, bool(case.temperatures), 1.0) is None
         else:
+            kernels.value_and_grad(*make(case), *case.options, bool(case.temperatures), 1.0)
+            assert kernels.library.cluster_seen() == clusters
             check_value_and_grad(case, kernels.value_and_grad, kernels.forward)
     finally:
         kernels.gpu("sm_90")
