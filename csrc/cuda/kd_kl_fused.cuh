@@ -6,6 +6,7 @@
 // blocks, which exchange their sums through each other's shared memory. Formulas: ../math/kd_kl.h.
 #pragma once
 
+#include "clusters.cuh"
 #include "kd_kl.cuh"
 
 namespace kdfast::cuda {

@@ -2,7 +2,6 @@
 // chunks of it, and reductions over the group.
 #pragma once
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -172,7 +171,7 @@ struct LaneGroup {
   }
 };
 
-// ... or the whole block, a multiple of 32 threads, ...
+// ... or the whole block, a multiple of 32 threads (or a cluster of blocks: clusters.cuh).
 struct BlockGroup {
   int lane, lanes;
 
@@ -191,35 +190,5 @@ struct BlockGroup {
     combine(state, kWarp);  // in every warp, so that every thread has the result without a third barrier
   }
 };
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// ... or a cluster of at most 32 blocks, on GPUs that have them: what the blocks know meets in their shared
-// memories, in the order of their ranks.
-struct ClusterGroup {
-  int lane, lanes;
-
-  __device__ explicit ClusterGroup(int) {
-    const auto cluster = cooperative_groups::this_cluster();
-    lane = cluster.block_rank() * blockDim.x + threadIdx.x;
-    lanes = cluster.num_blocks() * blockDim.x;
-  }
-  __device__ int64_t row() const { return blockIdx.x / cooperative_groups::this_cluster().num_blocks(); }
-  template <class State, class Combine>
-  __device__ void reduce(State& state, const Combine& combine) const {
-    alignas(16) __shared__ unsigned char memory[sizeof(State)];
-    State* of_block = reinterpret_cast<State*>(memory);
-    BlockGroup(0).reduce(state, combine);
-    if (threadIdx.x == 0) *of_block = state;
-    const auto cluster = cooperative_groups::this_cluster();
-    cluster.sync();
-    const unsigned rank = threadIdx.x % kWarp;
-    state = rank < cluster.num_blocks() ? *cluster.map_shared_rank(of_block, rank) : State{};
-    cluster.sync();  // no block leaves, or writes anew, what another still reads
-    combine(state, kWarp);
-  }
-};
-#else
-struct ClusterGroup;
-#endif
 
 }  // namespace kdfast::cuda

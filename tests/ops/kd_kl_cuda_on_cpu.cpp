@@ -1,4 +1,4 @@
-// kd_kl's CUDA kernels and their launchers as a CPU runs them (cuda_on_cpu/), for test_kd_kl_cuda_on_cpu.py.
+// kd_kl's CUDA kernels and their launchers as a CPU runs them (cuda_fibers/), for test_kd_kl_cuda_on_cpu.py.
 #include <utility>
 
 #include "csrc/cuda/kd_kl_launch.cuh"
@@ -21,6 +21,7 @@ extern "C" {
 void gpu(int shared_bytes, int largest_cluster) {
   emulated::shared_bytes = shared_bytes, emulated::largest_cluster = largest_cluster;
 }
+void order(bool backwards) { emulated::backwards = backwards; }
 int launches() { return std::exchange(emulated::launches, 0); }
 int cluster_seen() { return emulated::cluster_seen; }
 int forward_parts(int family, bool mapped, const Request* r) {

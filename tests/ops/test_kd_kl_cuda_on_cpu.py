@@ -22,10 +22,6 @@ STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 COLUMNS = ("student_temperature", "teacher_temperature", "labels", "weight", "grad")
 OUTPUTS = ("loss", "stats", "parts", "student_grad", "teacher_grad")
 LIMITS = {"sm_90": (232448, 16), "sm_80": (166912, 1), "sm_120": (101376, 8)}  # bytes a block, blocks a cluster
-    "sm_90": (232448, 16),
-    "sm_80": (166912, 1),
-    "sm_120": (101376, 8),
-}  # bytes a block may have, blocks a cluster
 
 
 class _Column(ctypes.Structure):
@@ -134,7 +130,7 @@ def kernels(tmp_path_factory):
     command = [
         compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Werror", "-Wno-unknown-pragmas",
         *(["-fno-extern-tls-init"] if "clang" not in version else []),  # extern __shared__ has no constructor
-        "-I", str(ROOT / "tests" / "ops" / "cuda_on_cpu"), "-I", str(ROOT),
+        "-I", str(ROOT / "tests" / "ops" / "cuda_fibers"), "-I", str(ROOT),
         str(ROOT / "tests" / "ops" / "kd_kl_cuda_on_cpu.cpp"), "-o", str(library),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -150,6 +146,22 @@ def test_case(case, kernels):
 @pytest.mark.parametrize("edge", EDGES + OTHER_EDGES, ids=lambda f: f.__name__)
 def test_edge(edge, kernels):
     edge(kernels.forward, kernels.backward)
+
+
+@pytest.mark.parametrize("case", [SPLIT[0], SPLIT[4], CASES[18]], ids=str)
+def test_any_order_of_threads(case, kernels):
+    """A missing barrier would show as a difference."""
+    tensors = make(case)
+    grad = torch.ones(case.rows, dtype=accumulate_dtype(case.dtype))
+    results = []
+    for backwards in (False, True):
+        kernels.library.order(backwards)
+        results.append(run(kernels.forward, kernels.backward, tensors, case.options, grad)[0])
+        if case.dtype != torch.float64:
+            results[-1] += kernels.value_and_grad(*tensors, *case.options, True, 1.0)
+    kernels.library.order(False)
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=str)

@@ -92,6 +92,7 @@ struct Block {
   Cluster* cluster;
 };
 inline thread_local Block* block;
+inline bool backwards = false;  // the order in which threads are resumed
 
 inline void enter() {
   block->body();
@@ -128,7 +129,8 @@ inline void run_block(unsigned threads, const std::function<void()>& body, Clust
   for (unsigned left = threads; left > 0;) {
     const long before = b.arrivals + left;
     unsigned running = 0;
-    for (unsigned i = 0; i < threads; ++i) {
+    for (unsigned turn = 0; turn < threads; ++turn) {
+      const unsigned i = backwards ? threads - 1 - turn : turn;
       if (b.fibers[i].done) continue;
       b.current = i, threadIdx = dim3(i);
       swapcontext(&b.main, &b.fibers[i].context);
