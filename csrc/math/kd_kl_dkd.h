@@ -65,7 +65,8 @@ struct DkdGradient {
 };
 
 // From the others' maxima, log2 z and D, and the label's logits. Without any other class left in a row its
-// maximum is -inf and z 0, the odds are 0 and p^, q^ are 0 everywhere.
+// maximum is -inf and z 0, the odds are 0 and p^ or q^ is 0 everywhere; without any in the teacher there is no
+// NCKD, and no gradient of it.
 template <class A>
 KDFAST_HD DkdGradient<A> dkd_gradient(const Options<A>& o, const Units<A>& unit, A max_from, A max_to,
                                       A log2_z_from, A log2_z_to, A nckd, A label_from, A label_to) {
@@ -75,7 +76,7 @@ KDFAST_HD DkdGradient<A> dkd_gradient(const Options<A>& o, const Units<A>& unit,
   const A empty = -kInfinity<A>;
   return {{unit, base_from, base_to, log2_z_from == empty ? A(0) : log2_z_from,
            log2_z_to == empty ? A(0) : log2_z_to, nckd},
-          odds, o.beta, o.target_weight * odds.by_p(), o.target_weight * odds.by_q()};
+          odds, log2_z_from == empty ? A(0) : o.beta, o.target_weight * odds.by_p(), o.target_weight * odds.by_q()};
 }
 
 // NCKD: 0 where the teacher has no other class, and infinite where the student alone has none.
