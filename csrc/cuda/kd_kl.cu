@@ -1,4 +1,5 @@
 // kd_kl's ops on CUDA: tensors to pointers, and which launchers (kd_kl_launch.h) a call wants.
+#include <algorithm>
 #include <limits>
 
 #include "../math/kd_kl.h"
@@ -170,6 +171,46 @@ std::tuple<Tensor, Tensor, Tensor> kd_kl_value_and_grad(
   return {loss, stats, student_grad};
 }
 
+// The gradient that value_and_grad made, times the incoming one, a number on the GPU. That is 1 where the loss is
+// what backward() was called on: then a launch that reads one number is all, and no host waited to know it.
+template <class T, class A>
+__global__ void __launch_bounds__(256) scale_unless_one(T* x, int64_t count, const A* factor) {
+  const A by = *factor;
+  if (by == A(1)) return;
+  constexpr int N = kChunk<T>;  // the tensor is new, so its chunks lie at 16-byte boundaries
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t chunk = thread; chunk < count / N; chunk += threads) {
+    Vector<T> v = reinterpret_cast<const Vector<T>*>(x)[chunk];
+#pragma unroll
+    for (int i = 0; i < N; ++i) v.x[i] = static_cast<T>(by * static_cast<A>(v.x[i]));
+    __stwb(reinterpret_cast<uint4*>(x) + chunk, Slots<T>::bits(v));
+  }
+  const int64_t rest = count / N * N + thread;
+  if (rest < count) x[rest] = static_cast<T>(by * static_cast<A>(x[rest]));
+}
+
+void kd_kl_scale_(Tensor gradient, Tensor factor) {
+  const torch::stable::accelerator::DeviceGuard guard(gradient.get_device_index());
+  const cudaStream_t stream = current_stream(gradient.get_device_index());
+  const int64_t count = gradient.numel();
+  if (count == 0) return;
+  constexpr int64_t kEnough = 4096;  // blocks that fill the largest GPUs
+  const unsigned blocks = static_cast<unsigned>(std::min(kEnough, count / 2048 + 1));
+  const auto scale = [&](auto* x, auto* by) {
+    scale_unless_one<<<blocks, 256, 0, stream>>>(x, count, by);
+    check(cudaGetLastError());
+  };
+  void* x = gradient.data_ptr();
+  const float* by = static_cast<const float*>(factor.data_ptr());
+  switch (storage_of(gradient)) {
+    case kFloat: return scale(static_cast<float*>(x), by);
+    case kDouble: return scale(static_cast<double*>(x), static_cast<const double*>(factor.data_ptr()));
+    case kBFloat16: return scale(static_cast<__nv_bfloat16*>(x), by);
+    case kHalf: return scale(static_cast<__half*>(x), by);
+  }
+}
+
 }  // namespace
 }  // namespace kdfast::cuda
 
@@ -177,4 +218,5 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
   m.impl("kd_kl", TORCH_BOX(&kdfast::cuda::kd_kl_forward));
   m.impl("kd_kl_backward", TORCH_BOX(&kdfast::cuda::kd_kl_backward));
   m.impl("kd_kl_value_and_grad", TORCH_BOX(&kdfast::cuda::kd_kl_value_and_grad));
+  m.impl("kd_kl_scale_", TORCH_BOX(&kdfast::cuda::kd_kl_scale_));
 }

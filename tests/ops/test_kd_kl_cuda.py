@@ -7,7 +7,7 @@ import torch
 import kdfast
 import kdfast.triton
 from kdfast._native import has_kernel
-from kdfast.reference.kd_kl import Options
+from kdfast.reference.kd_kl import Options, accumulate_dtype
 from tests.ops.kd_kl_cases import CASES, EDGES, Case, check, make, run
 from tests.ops.kd_kl_cuda_cases import OTHER_EDGES, OTHERS, SPLIT, check_others, check_value_and_grad
 
@@ -245,3 +245,14 @@ def test_value_and_grad_in_a_graph(case, value_and_grad):
         static.copy_(new)
     graph.replay()
     same(captured, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, -0.75])
+def test_scale(dtype, factor, value_and_grad):
+    for shape in ((3, 5), (33, 1001), (64, 40000)):
+        x = torch.randn(shape, device=DEVICE).to(dtype)
+        by = torch.tensor(factor, dtype=accumulate_dtype(dtype), device=DEVICE)
+        want = (x.to(by.dtype) * by).to(dtype)
+        torch.ops.kdfast.kd_kl_scale_(x, by)
+        same([x], [want])
