@@ -7,7 +7,7 @@ from kdfast import _native, triton
 if torch.version.cuda is not None:
     triton.register()
 
-OPS = {"kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad")}
+OPS = {"kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad", "kd_kl_scale_")}
 
 
 def show_backends() -> str:

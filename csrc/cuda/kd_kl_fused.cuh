@@ -1,9 +1,10 @@
 // kd_kl's loss, statistics and the student's gradient in one launch, the row kept on chip in between.
 //
 // Memory for a row of C classes of b bytes: reads 2 C b, writes C b: 3 passes over [rows, classes] where
-// forward and backward make 5. For that the row has to fit into shared memory, 2 C b bytes: of a block (about
-// 14,000 classes in fp32, twice as many in 16 bits, on sm_90), or on sm_90 and later of a cluster of up to 16
-// blocks, which exchange their sums through each other's shared memory. Formulas: ../math/kd_kl.h.
+// forward and backward make 5. For that the row has to fit into shared memory, 2 C b bytes: of a block (28,000
+// classes in fp32 on sm_90, twice as many in 16 bits; half of it where two blocks are to share a multiprocessor),
+// or on sm_90 and later of a cluster of up to 16 blocks (450,000), which exchange their sums through each other's
+// shared memory. Formulas: ../math/kd_kl.h.
 #pragma once
 
 #include "clusters.cuh"
