@@ -8,7 +8,7 @@ if torch.version.cuda is not None:
     triton.register()
 
 OPS = {
-    "kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad"),
+    "kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad", "kd_kl_scale_"),
     "kd_kl_hvp": ("kd_kl_hvp",),
     "kd_kl_topk": ("kd_kl_topk", "kd_kl_topk_backward"),
 }

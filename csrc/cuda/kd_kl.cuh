@@ -3,273 +3,181 @@
 //   loss = w [ (1 - alpha) c D + alpha CE ],   u = s / tau_s, q = softmax(u),   v = t / tau_t, p = softmax(v)
 //
 // Fused: three softmaxes, the divergence, the hard labels' cross-entropy and their gradients, with nothing of
-// size [rows, classes] kept but the inputs. Forward sweeps a row once (twice where a temperature wants its
-// gradient, and then mostly from cache) and keeps kStats numbers a row; backward is elementwise in them (with
-// label smoothing or target probabilities it first sums those over the row).
+// size [rows, classes] kept but the inputs. Forward sweeps a row once (twice for jsd, and where a temperature
+// wants its gradient, and then mostly from cache) and keeps kStats numbers a row; backward is elementwise in
+// them (with label smoothing or target probabilities, or hard labels beside jsd, it first sums over the row).
 // Memory for a row of C classes of b bytes: forward reads 2 C b, backward reads 2 C b and writes C b, so 5
 // passes over [rows, classes] at any C; 6 with the teacher's gradient, 3 for alpha = 1.
-// Up to kNarrow classes a row is shared by 1 to 32 lanes; above, a block takes it, chunk by chunk.
+// Up to kNarrow classes a row is shared by 1 to 32 lanes; above, a block takes it, chunk by chunk, or where
+// rows are few and long several blocks: then a launch sums up, one looks again if need be, and one concludes.
 // Source: Hinton, Vinyals, Dean 2015 (arXiv:1503.02531); for the online sums Milakov, Gimelshein 2018
 // (arXiv:1805.02867).
 #pragma once
 
-#include <type_traits>
-
-#include "../math/kd_kl.h"
-#include "rows.cuh"
+#include "kd_kl_row.cuh"
 
 namespace kdfast::cuda {
 
-using namespace kdfast::kd_kl;
-
 constexpr int kNarrow = 1024;  // classes up to which lanes of a warp share a row
 
-// Threads a block at most (a power of two), blocks a multiprocessor at least. In fp32 arithmetic both kinds
-// of kernel get 64 registers and so 1024 threads a multiprocessor; fp64 wants about 110 registers.
+// Threads a block at most (multiples of 32), blocks a multiprocessor at least. In fp32 arithmetic a KL's two
+// kernels get 64 registers and so 1024 threads a multiprocessor; what does more gets 80 or 96, and the fused
+// kernel two blocks, of which one reads while the other waits for its sums. fp64 wants up to 150 registers.
 constexpr int kNarrowThreads = 128;
-template <class A>
-constexpr int kNarrowBlocks = sizeof(A) == 4 ? 8 : 1;
-template <class A>
-constexpr int kWideThreads = sizeof(A) == 4 ? 1024 : 512;
+template <class F, bool kFused>
+constexpr int kNarrowBlocks = sizeof(typename F::A) == 8 ? 1 : kFused || F::kMapped ? 5 : 8;
+template <class F, bool kFused>
+constexpr int kWideThreads = sizeof(typename F::A) == 8 ? 256 : kFused ? 512 : F::kMapped ? 768 : 1024;
+template <bool kFused>
+constexpr int kWideBlocks = kFused ? 2 : 1;
 
-#define KDFAST_BOUNDS(A, Group)                                                                      \
-  __launch_bounds__(std::is_same_v<Group, BlockGroup> ? kWideThreads<A> : kNarrowThreads,            \
-                    std::is_same_v<Group, BlockGroup> ? 1 : kNarrowBlocks<A>)
+#define KDFAST_BOUNDS(F, Group, kFused)                                                          \
+  __launch_bounds__(std::is_same_v<Group, LaneGroup> ? kNarrowThreads : kWideThreads<F, kFused>, \
+                    std::is_same_v<Group, LaneGroup> ? kNarrowBlocks<F, kFused> : kWideBlocks<kFused>)
 
-template <class T, class A>
-struct Call {
-  using Storage = T;
-  using Sum = A;
-  const T *student, *teacher;                                 // [rows, classes]
-  Column<A> student_temperature, teacher_temperature;         // [1] or [rows], or null
-  Column<int64_t> labels;                                     // [rows], or null
-  const A* target;                                            // [rows, classes], or null
-  Column<A> weight, grad;                                     // [rows], or null
-  A *loss, *stats;                                            // [rows], [rows, kStats]
-  T *student_grad, *teacher_grad;                             // [rows, classes], or null
-  Options<A> options;
-  int64_t rows;
-  int classes, lanes;
-  bool aligned, temperature_grad;
+// Where several blocks share a row, the part a launch has in it; kWhole where none does.
+enum Stage : int { kWhole, kSumUp, kLookAgain, kConclude };
+
+// A part's numbers in the workspace: of the first sweep, then of the second.
+template <class F>
+struct Part {
+  using A = typename F::A;
+  static constexpr int kSecond = sizeof(Sums<A>) / sizeof(A);
+  static_assert(kSecond + sizeof(JsdSums<A>) / sizeof(A) == kPart);
+  A* numbers;
+
+  __device__ Part(const Call<typename F::T, A>& call, int64_t row, int part)
+      : numbers(call.parts + (row * call.lanes + part) * kPart) {}
+  __device__ Sums<A>& first() const { return *reinterpret_cast<Sums<A>*>(numbers); }
+  __device__ SecondOf<F>& second() const { return *reinterpret_cast<SecondOf<F>*>(numbers + kSecond); }
 };
 
-// The scalars of one row, and its place.
-template <class T, class A>
-struct Row {
-  const T *from = nullptr, *to = nullptr;  // the logits that weigh, and the others
-  const A* target = nullptr;
-  A tau_s = 1, tau_t = 1, per_tau_s = 1, per_tau_t = 1;  // the temperatures and their inverses
-  A coefficient = 1;
-  Units<A> unit{};
-  int label = -1;       // -1: none
-  bool counts = false;  // there is such a row, and its label is not ignore_index
-
-  __device__ Row(const Call<T, A>& call, int64_t index) {
-    const Options<A>& o = call.options;
-    if (index >= call.rows) return;
-    counts = true;
-    if (call.weight.data != nullptr) coefficient = call.weight.at(index);
-    const int64_t begin = index * call.classes;
-    if (call.target != nullptr) target = call.target + begin;
-    if (call.labels.data != nullptr) {
-      const int64_t given = call.labels.at(index);
-      counts = given != o.ignore_index;
-      const bool exists = given >= 0 && given < call.classes;
-      if (!exists) coefficient = NAN;  // the row's loss and gradients say so
-      if (exists && target == nullptr) label = static_cast<int>(given);
+// Loss and statistics of a row, and what its gradients need; the same in every thread of the group. False
+// where that is another launch's. With kKept the row is kept in `slots`.
+template <class F, bool kKept, class Group, class T, class A>
+__device__ __forceinline__ bool evaluate(const Call<T, A>& call, const Group& group, const Row<T, A>& row,
+                                         int64_t index, const Chunks<F::N>& chunks, const Share& share,
+                                         const Slots<T>& slots, GradientOf<F>& gradient, HardSums<A>& hard) {
+  const int stage = std::is_same_v<Group, BlockGroup> && !kKept ? call.stage : kWhole;
+  const int parts = call.lanes;  // at most the threads of a block
+  const Options<A>& o = call.options;
+  DivergenceSums<A> soft;
+  if (stage <= kSumUp) {
+    sum_up<F, kKept>(call, row, chunks, share, slots, soft, hard);
+  } else if (group.lane < parts) {
+    const Sums<A>& of_part = Part<F>(call, index, group.lane).first();
+    soft = of_part.soft, hard = of_part.hard;
+  }
+  if (o.soft) reduce(group, soft, row.unit);
+  if (o.hard) reduce(group, hard);
+  if (stage == kSumUp) {
+    if (group.lane == 0) {
+      Sums<A>& of_part = Part<F>(call, index, blockIdx.y).first();
+      of_part.soft = soft, of_part.hard = hard;
     }
-    tau_s = call.student_temperature.data != nullptr ? call.student_temperature.at(index) : o.tau_s;
-    tau_t = call.teacher_temperature.data != nullptr ? call.teacher_temperature.at(index) : o.tau_t;
-    per_tau_s = A(1) / tau_s, per_tau_t = A(1) / tau_t;
-    from = (o.reverse ? call.student : call.teacher) + begin;
-    to = (o.reverse ? call.teacher : call.student) + begin;
-    const A k_s = A(kLog2e) * per_tau_s, k_t = A(kLog2e) * per_tau_t;
-    unit = {o.reverse ? k_s : k_t, o.reverse ? k_t : k_s, o.entropy};
+    return false;
   }
 
-  __device__ A student_at(const Call<T, A>& call, int column) const {
-    return static_cast<A>((call.options.reverse ? from : to)[column]);
+  gradient = gradient_of<F>(call, row, soft);
+  SecondOf<F> second;
+  if (o.soft && (F::kFamily == kJsd || call.temperature_grad)) {
+    if (stage != kConclude) look_again<F, kKept>(call, row, chunks, share, slots, gradient, second);
+    else if (group.lane < parts) second = Part<F>(call, index, group.lane).second();
+    group.reduce(second, [](SecondOf<F>& s, int lanes) { sum_members<A>(s, lanes); });
+    if constexpr (F::kFamily == kJsd) gradient.of_p = second.of_p, gradient.of_q = second.of_q;
   }
-};
+  if (stage == kLookAgain) {
+    if (group.lane == 0) Part<F>(call, index, blockIdx.y).second() = second;
+    return false;
+  }
+  if (group.lane == 0 && index < call.rows) conclude<F>(call, row, index, soft, hard, gradient, second);
+  return true;
+}
 
-// ---------------------------------------------------------------- forward
-template <class T, class A, class Group>
-__global__ void KDFAST_BOUNDS(A, Group) forward(const Call<T, A> call) {
-  constexpr int N = kChunk<T>;
+template <class F, class Group>
+__global__ void KDFAST_BOUNDS(F, Group, false) forward(const Call<typename F::T, typename F::A> call) {
+  using T = typename F::T;
+  using A = typename F::A;
   const Group group(call.lanes);
   const int64_t index = group.row();
   const Row<T, A> row(call, index);
-  const Options<A>& o = call.options;
-  const Chunks<N> chunks(index, call.classes, call.aligned);
-  const int count = row.counts ? chunks.count : 0;  // no early return: the reductions want every lane
-  const T masked = static_cast<T>(-kInfinity<A>);   // stands outside the row: a masked class adds nothing
-
-  DivergenceSums<A> sums;
+  const Chunks<F::N> chunks(index, call.classes, call.aligned);
+  // No early return where a row does not count: the reductions want every lane.
+  const Share share{group.lane + group.lanes * static_cast<int>(blockIdx.y), row.counts ? chunks.count : 0,
+                    group.lanes * static_cast<int>(gridDim.y)};
+  GradientOf<F> gradient;
   HardSums<A> hard;
-  for (int chunk = group.lane; chunk < count; chunk += group.lanes) {
-    const int first = chunks.first(chunk);
-    A x[N], y[N];  // logits of from, of to
-    widen(load(row.to, chunks, first, masked), y);
-    if (o.soft) {
-      widen(load(row.from, chunks, first, masked), x);
-      sums.add(x, y, row.unit);
-    }
-    if (o.hard) {
-      A target[N] = {};
-      if (row.target != nullptr) load_beside(row.target, chunks, first, A(0), target);
-      if (o.reverse) hard.add(x, target);
-      else hard.add(y, target);
-    }
-  }
-  if (o.soft) {
-    group.reduce(sums, [&](DivergenceSums<A>& s, int lanes) {
-      s.raise(max_over(s.from.max, lanes), max_over(s.to.max, lanes), row.unit);
-      s.from.sum = sum_over(s.from.sum, lanes), s.to.sum = sum_over(s.to.sum, lanes);
-      s.cross = sum_over(s.cross, lanes);
-    });
-  }
-  if (o.hard) {
-    group.reduce(hard, [](HardSums<A>& h, int lanes) {
-      h.raise(max_over(h.softmax.max, lanes));
-      h.softmax.sum = sum_over(h.softmax.sum, lanes);
-      h.finite = sum_over(h.finite, lanes), h.finite_dot = sum_over(h.finite_dot, lanes);
-      h.mass = sum_over(h.mass, lanes), h.dot = sum_over(h.dot, lanes);
-    });
-  }
-
-  const ScaleFactor<A> c = scale_factor(o.scale, row.tau_s, row.tau_t);
-  const A divergence = sums.divergence(o.entropy);
-  const A log2_z_from = log2_of(sums.from.sum), log2_z_to = log2_of(sums.to.sum);
-  A by_tau_s = 0, by_tau_t = 0;
-  if (o.soft && call.temperature_grad) {
-    const DivergenceGradient<A> gradient{row.unit,  sums.from.max, sums.to.max,
-                                         log2_z_from, log2_z_to,   divergence};
-    TemperatureSums<A> inner;
-    for (int chunk = group.lane; chunk < count; chunk += group.lanes) {
-      const int first = chunks.first(chunk);
-      const Vector<T> x = load(row.from, chunks, first, masked), y = load(row.to, chunks, first, masked);
-#pragma unroll
-      for (int i = 0; i < N; ++i) inner.add(gradient, static_cast<A>(x.x[i]), static_cast<A>(y.x[i]));
-    }
-    group.reduce(inner, [](TemperatureSums<A>& t, int lanes) {
-      t.from = sum_over(t.from, lanes), t.to = sum_over(t.to, lanes);
-    });
-    const A factor = row.coefficient * o.keep, unit = A(kLn2) * c.value;
-    const A inner_s = o.reverse ? inner.from : inner.to, inner_t = o.reverse ? inner.to : inner.from;
-    by_tau_s = factor * (c.by_tau_s * divergence - unit * row.per_tau_s * inner_s);
-    by_tau_t = factor * (c.by_tau_t * divergence - unit * row.per_tau_t * inner_t);
-  }
-
-  if (group.lane != 0 || index >= call.rows) return;
-  A out[kStats] = {};
-  A loss = 0;
-  if (row.counts) {
-    if (o.soft) {
-      out[kMaxS] = o.reverse ? sums.from.max : sums.to.max;
-      out[kMaxT] = o.reverse ? sums.to.max : sums.from.max;
-      out[kLogZU] = A(kLn2) * (o.reverse ? log2_z_from : log2_z_to);
-      out[kLogZV] = A(kLn2) * (o.reverse ? log2_z_to : log2_z_from);
-      out[kD] = divergence, out[kGradTauS] = by_tau_s, out[kGradTauT] = by_tau_t;
-      loss = o.keep * c.value * divergence;
-    }
-    if (o.hard) {
-      out[kMaxS] = hard.softmax.max;
-      out[kLogZ1] = A(kLn2) * log2_of(hard.softmax.sum);
-      if (row.label >= 0) {
-        hard.mass = A(1);
-        hard.dot = (row.student_at(call, row.label) - base_of(hard.softmax.max)) * A(kLog2e);
-      }
-      loss += o.alpha * hard.cross_entropy(o);
-    }
-    loss *= row.coefficient;
-  }
-  call.loss[index] = loss;
-#pragma unroll
-  for (int i = 0; i < kStats; ++i) call.stats[index * kStats + i] = out[i];
+  evaluate<F, false>(call, group, row, index, chunks, share, Slots<T>{}, gradient, hard);
 }
 
 // ---------------------------------------------------------------- backward
 template <class A>
 struct Mass {
-  A target = 0, finite = 0;
+  A target = 0, finite = 0, z = 0;
 };
 
-template <class T, class A, class Group>
-__global__ void KDFAST_BOUNDS(A, Group) backward(const Call<T, A> call) {
-  constexpr int N = kChunk<T>;
+template <class F, class Group>
+__global__ void KDFAST_BOUNDS(F, Group, false) backward(const Call<typename F::T, typename F::A> call) {
+  using T = typename F::T;
+  using A = typename F::A;
+  constexpr int N = F::N;
   const Group group(call.lanes);
   const int64_t index = group.row();
   const Row<T, A> row(call, index);
   const Options<A>& o = call.options;
   const Chunks<N> chunks(index, call.classes, call.aligned);
   const T masked = static_cast<T>(-kInfinity<A>);
+  constexpr bool kNeedsZ = F::kFamily == kJsd;  // whose statistics have no room for it
+  const bool exists = index < call.rows;
+  const A* stats = call.stats + (exists ? index : 0) * kStats;
 
   A mass = A(1), spread = 0;  // of a label: 1 with or without smoothing
-  if (o.hard && (call.target != nullptr || o.smoothing > A(0))) {  // the same answer in every lane
+  A log2_z = A(kLog2e) * stats[kLogZ1];
+  if (o.hard && (call.target != nullptr || o.smoothing > A(0) || kNeedsZ)) {  // the same answer in every lane
     Mass<A> sums;
     const int count = row.counts ? chunks.count : 0;
     for (int chunk = group.lane; chunk < count; chunk += group.lanes) {
       const int first = chunks.first(chunk);
       A s[N], target[N] = {};
-      if (o.smoothing > A(0)) {
-        widen(load(o.reverse ? row.from : row.to, chunks, first, masked), s);
+      if (o.smoothing > A(0) || kNeedsZ) {
+        logits<F>(load(o.reverse ? row.from : row.to, chunks, first, masked), o, s);
 #pragma unroll
-        for (int i = 0; i < N; ++i) sums.finite += s[i] == -kInfinity<A> ? A(0) : A(1);
+        for (int i = 0; i < N; ++i) {
+          sums.finite += s[i] == -kInfinity<A> ? A(0) : A(1);
+          if (kNeedsZ) sums.z += exp2_of((s[i] - stats[kMaxS]) * A(kLog2e));
+        }
       }
       if (row.target != nullptr) load_beside(row.target, chunks, first, A(0), target);
 #pragma unroll
       for (int i = 0; i < N; ++i) sums.target += target[i];
     }
-    group.reduce(sums, [](Mass<A>& m, int lanes) {
-      m.target = sum_over(m.target, lanes), m.finite = sum_over(m.finite, lanes);
-    });
+    group.reduce(sums, [](Mass<A>& m, int lanes) { sum_members<A>(m, lanes); });
     if (o.smoothing > A(0)) spread = o.smoothing / sums.finite;
     if (row.target != nullptr) mass = o.keep_hard * sums.target + o.smoothing;
+    if (kNeedsZ) log2_z = log2_of(sums.z);
   }
-  if (index >= call.rows) return;
+  if (!exists) return;
 
-  const A* stats = call.stats + index * kStats;
-  const A factor = call.grad.at(index) * row.coefficient;
-  const A c = row.counts ? o.keep * factor * scale_factor(o.scale, row.tau_s, row.tau_t).value : A(0);
-  const A of_student = c * row.per_tau_s, of_teacher = c * row.per_tau_t, of_hard = o.alpha * factor;
-  const DivergenceGradient<A> soft{row.unit,
-                                   stats[o.reverse ? kMaxS : kMaxT],
-                                   stats[o.reverse ? kMaxT : kMaxS],
-                                   A(kLog2e) * stats[o.reverse ? kLogZU : kLogZV],
-                                   A(kLog2e) * stats[o.reverse ? kLogZV : kLogZU],
-                                   stats[kD]};
-  const HardGradient<A> hard{stats[kMaxS], A(kLog2e) * stats[kLogZ1], mass, spread, o.keep_hard};
-  const int64_t begin = index * call.classes;
-  // A wide row may be cut over gridDim.y blocks.
-  const int step = group.lanes * gridDim.y;
-  for (int chunk = group.lane + group.lanes * blockIdx.y; chunk < chunks.count; chunk += step) {
-    const int first = chunks.first(chunk);
-    Vector<T> ds{}, dt{};
-    if (row.counts) {  // an ignored row has gradient 0, whatever its logits hold
-      const Vector<T> to = load(row.to, chunks, first, masked);
-      const Vector<T> from = o.soft ? load(row.from, chunks, first, masked) : Vector<T>{};
-      A target[N] = {};
-      if (row.target != nullptr) load_beside(row.target, chunks, first, A(0), target);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const A x = static_cast<A>(from.x[i]), y = static_cast<A>(to.x[i]);
-        A by_student = 0, by_teacher = 0;
-        if (o.soft) {
-          const auto e = soft.at(x, y);
-          const A by_to = soft.by_to(e), by_from = soft.by_from(e);
-          by_student = of_student * (o.reverse ? by_from : by_to);
-          by_teacher = of_teacher * (o.reverse ? by_to : by_from);
-        }
-        if (o.hard) {
-          const A one_hot = first + i == row.label ? A(1) : target[i];
-          by_student += of_hard * hard.at(o.reverse ? x : y, one_hot);
-        }
-        ds.x[i] = static_cast<T>(by_student), dt.x[i] = static_cast<T>(by_teacher);
-      }
-    }
-    if (call.student_grad != nullptr) store(call.student_grad + begin, chunks, first, ds);
-    if (call.teacher_grad != nullptr) store(call.teacher_grad + begin, chunks, first, dt);
+  const A max_from = stats[o.reverse ? kMaxS : kMaxT], max_to = stats[o.reverse ? kMaxT : kMaxS];
+  const A log2_z_from = A(kLog2e) * stats[o.reverse ? kLogZU : kLogZV];
+  const A log2_z_to = A(kLog2e) * stats[o.reverse ? kLogZV : kLogZU];
+  A max_student = stats[kMaxS];
+  GradientOf<F> soft;
+  if constexpr (F::kFamily == kJsd) {
+    soft = {row.unit, max_from, max_to, log2_z_from, log2_z_to, o.beta, stats[kD], stats[kLogZ1]};
+  } else if constexpr (F::kFamily == kDkd) {
+    const A label_to = label_logit<F>(call, row, row.to);
+    soft = dkd_gradient(o, row.unit, max_from, max_to, log2_z_from, log2_z_to, stats[kD],
+                        label_logit<F>(call, row, row.from), label_to);
+    max_student = larger(max_student, label_to);
+  } else {
+    soft = {row.unit, max_from, max_to, log2_z_from, log2_z_to, stats[kD]};
   }
+  const HardGradient<A> hard{max_student, log2_z, mass, spread, o.keep_hard};
+  // A wide row may be cut over gridDim.y blocks.
+  const Share share{group.lane + group.lanes * static_cast<int>(blockIdx.y), chunks.count,
+                    group.lanes * static_cast<int>(gridDim.y)};
+  write<F, false>(call, row, index, chunks, share, Slots<T>{}, soft, hard);
 }
 
 }  // namespace kdfast::cuda

@@ -100,6 +100,36 @@ __device__ __forceinline__ void load_beside(const A* __restrict__ row, const Chu
   }
 }
 
+// The chunks of a row that are one thread's.
+struct Share {
+  int begin, end, step;
+};
+
+// Chunks of two tensors kept on chip between two sweeps: every thread puts its own 16 bytes in a column of
+// shared memory and finds them there again, so no thread waits for another, and no bank is hit twice.
+template <class T>
+struct Slots {
+  uint4* column;
+  int threads;
+
+  __device__ static uint4 bits(const Vector<T>& v) {
+    uint4 b;
+    memcpy(&b, &v, sizeof(b));
+    return b;
+  }
+  __device__ static Vector<T> vector(const uint4& b) {
+    Vector<T> v;
+    memcpy(&v, &b, sizeof(v));
+    return v;
+  }
+  __device__ void put(int turn, const Vector<T>& a, const Vector<T>& b) const {
+    column[2 * turn * threads] = bits(a);
+    column[(2 * turn + 1) * threads] = bits(b);
+  }
+  __device__ Vector<T> first(int turn) const { return vector(column[2 * turn * threads]); }
+  __device__ Vector<T> second(int turn) const { return vector(column[(2 * turn + 1) * threads]); }
+};
+
 // ---------------------------------------------------------------- groups
 // Reductions over 2^n neighbouring lanes; every lane of the warp must call them, whether it has a row or not,
 // and every lane gets the result, bit for bit the same.
@@ -112,6 +142,17 @@ template <class A>
 __device__ __forceinline__ A max_over(A x, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(kEveryLane, x, step));
   return x;
+}
+
+// Adds up every member of a struct of numbers of type A.
+template <class A, class State>
+__device__ __forceinline__ void sum_members(State& state, int lanes) {
+  static_assert(sizeof(State) % sizeof(A) == 0);
+  A members[sizeof(State) / sizeof(A)];
+  memcpy(members, &state, sizeof(State));
+#pragma unroll
+  for (A& x : members) x = sum_over(x, lanes);
+  memcpy(&state, members, sizeof(State));
 }
 
 // The threads that share a row: 1 to 32 lanes of a warp (a power of two) with several rows a block, ...
@@ -130,7 +171,7 @@ struct LaneGroup {
   }
 };
 
-// ... or the whole block, a multiple of 32 threads.
+// ... or the whole block, a multiple of 32 threads (or a cluster of blocks: clusters.cuh).
 struct BlockGroup {
   int lane, lanes;
 
@@ -141,9 +182,10 @@ struct BlockGroup {
     alignas(16) __shared__ unsigned char memory[kWarp * sizeof(State)];
     State* of_warp = reinterpret_cast<State*>(memory);
     combine(state, kWarp);
-    if (lane % kWarp == 0) of_warp[lane / kWarp] = state;
+    const int thread = threadIdx.x;
+    if (thread % kWarp == 0) of_warp[thread / kWarp] = state;
     __syncthreads();
-    state = lane % kWarp < lanes / kWarp ? of_warp[lane % kWarp] : State{};
+    state = thread % kWarp < static_cast<int>(blockDim.x) / kWarp ? of_warp[thread % kWarp] : State{};
     __syncthreads();  // the memory may be written again by the next reduction of this type
     combine(state, kWarp);  // in every warp, so that every thread has the result without a third barrier
   }

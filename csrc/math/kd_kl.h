@@ -2,7 +2,8 @@
 //
 //   loss = w [ (1 - alpha) c D + alpha CE ],   u = s / tau_s, q = softmax(u),   v = t / tau_t, p = softmax(v)
 //   D = sum p (k log p - log q)    k = 1: forward_kl, k = 0: soft_ce; reverse_kl changes the roles of p and q
-//   c = tau_s^2 | tau_s tau_t | 1
+//   c = tau_s^2 | tau_s tau_t | 1          (jsd: kd_kl_jsd.h, dkd: kd_kl_dkd.h)
+//   s, t: the logits x as they are, or cap tanh(scale x / cap)
 //
 // The distribution that weighs is called `from`, the other one `to`. With r = k log p - log q:
 //
@@ -23,13 +24,30 @@
 
 namespace kdfast::kd_kl {
 
-enum Divergence : int { kForwardKL = 0, kReverseKL = 1, kSoftCE = 2 };
+enum Divergence : int { kForwardKL = 0, kReverseKL = 1, kSoftCE = 2, kJSD = 3, kDKD = 4 };
 enum Scale : int { kTau2 = 0, kProduct = 1, kNone = 2 };
 
 // Columns of the statistics [rows, kStats]. What the loss does not need is 0, and so is an ignored row:
 // kLogZ1 is for alpha > 0; kMaxT, kLogZU, kLogZV and kD for alpha < 1; the temperatures' gradients when
-// asked for.
+// asked for. jsd keeps KL(p || m) in kD and KL(q || m) in kLogZ1; dkd keeps the maxima and normalisers of
+// the classes other than the label, and their D.
 enum Stat : int { kMaxS, kMaxT, kLogZU, kLogZV, kLogZ1, kD, kGradTauS, kGradTauT, kStats };
+
+// What becomes of a logit before anything else: cap tanh(scale x / cap), or scale x where cap is 0.
+template <class A>
+struct LogitMap {
+  A scale, cap, scale_per_cap, per_cap;  // the last two 0 without a cap
+  bool identity;
+
+  KDFAST_HD A at(A x) const {
+    if (x == -kInfinity<A>) return x;  // masked stays masked
+    return cap > A(0) ? cap * tanh_of(x * scale_per_cap) : scale * x;
+  }
+  KDFAST_HD A slope(A mapped) const {  // d mapped / dx
+    const A share = mapped * per_cap;
+    return mapped == -kInfinity<A> ? A(0) : scale * (A(1) - share * share);
+  }
+};
 
 template <class A>
 struct Options {
@@ -37,6 +55,8 @@ struct Options {
   A keep, alpha;              // 1 - alpha, alpha
   A keep_hard, smoothing;     // 1 - label_smoothing, label_smoothing
   A entropy;                  // k: 1, or 0 for soft_ce
+  A beta, target_weight;      // of jsd and dkd
+  LogitMap<A> map;
   bool soft, hard, reverse;   // is there a divergence; a hard label; does the student weigh
   int scale;
   int64_t ignore_index;
@@ -44,11 +64,14 @@ struct Options {
 
 template <class A>
 Options<A> make_options(double tau_s, double tau_t, double alpha, double label_smoothing,
-                        int64_t ignore_index, int divergence, int scale) {
-  const bool soft = alpha < 1;
+                        int64_t ignore_index, int divergence, int scale, double beta, double target_weight,
+                        double softcap, double logit_scale) {
+  const bool soft = alpha < 1, capped = softcap > 0;
+  const LogitMap<A> map{A(logit_scale), A(softcap), A(capped ? logit_scale / softcap : 0),
+                        A(capped ? 1 / softcap : 0), !capped && logit_scale == 1};
   return {A(tau_s), A(tau_t), A(1 - alpha), A(alpha), A(1 - label_smoothing), A(label_smoothing),
-          A(divergence == kSoftCE ? 0 : 1), soft, alpha > 0, soft && divergence == kReverseKL, scale,
-          ignore_index};
+          A(divergence == kSoftCE ? 0 : 1), A(beta), A(target_weight), map, soft, alpha > 0,
+          soft && divergence == kReverseKL, scale, ignore_index};
 }
 
 // c and its derivatives in the two temperatures.

@@ -35,6 +35,8 @@ LIB.define(
     f"kd_kl_value_and_grad({_INPUTS}, {_OPTIONS}, bool temperature_grad, float coefficient) "
     "-> (Tensor loss, Tensor stats, Tensor student_grad)"
 )
+# What value_and_grad made, times the incoming gradient; on CUDA without waiting to see that this is 1.
+LIB.define("kd_kl_scale_(Tensor(a!) gradient, Tensor factor) -> ()")
 
 
 # ---------------------------------------------------------------- reference kernels (any device)
@@ -64,9 +66,14 @@ def _reference_value_and_grad(*args):
     return loss.sum() * coefficient, stats, ds
 
 
+def _reference_scale(gradient, factor):
+    gradient.mul_(factor)
+
+
 LIB.impl("kd_kl", _reference_forward, "CompositeExplicitAutograd")
 LIB.impl("kd_kl_backward", _reference_backward, "CompositeExplicitAutograd")
 LIB.impl("kd_kl_value_and_grad", _reference_value_and_grad, "CompositeExplicitAutograd")
+LIB.impl("kd_kl_scale_", _reference_scale, "CompositeExplicitAutograd")
 
 
 # ---------------------------------------------------------------- fakes

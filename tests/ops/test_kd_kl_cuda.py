@@ -7,8 +7,9 @@ import torch
 import kdfast
 import kdfast.triton
 from kdfast._native import has_kernel
-from kdfast.reference.kd_kl import Options
+from kdfast.reference.kd_kl import Options, accumulate_dtype
 from tests.ops.kd_kl_cases import CASES, EDGES, Case, check, make, run
+from tests.ops.kd_kl_cuda_cases import OTHER_EDGES, OTHERS, SPLIT, check_others, check_value_and_grad
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -30,6 +31,9 @@ def kernels(request):
 
 MIXED = Case("mixed", 64, 1000, Options(4.0, 2.0, 0.5, 0.1), hard="ignored", temperatures="rows", weight=True)
 WIDE = Case("wide", 8, 40001, Options(2.0, 2.0, 0.5), torch.bfloat16, "labels", temperatures="one")
+JSD = Case("jsd", 64, 5001, Options(2.0, 2.0, 0.3, divergence=3, softcap=20.0), hard="labels", temperatures="rows")
+DKD = Case("dkd", 2, 70001, Options(2.0, 2.0, divergence=4, beta=8.0), hard="ignored", temperatures="one")
+SEVERAL = [MIXED, WIDE, JSD, DKD]
 
 
 def call(kernels, case: Case, tensors: tuple) -> list:
@@ -48,18 +52,29 @@ def test_case(case, kernels):
     check(case, *kernels, device=DEVICE)
 
 
-@pytest.mark.parametrize("edge", EDGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", OTHERS + SPLIT, ids=str)
+def test_other_case(case, kernels):
+    check_others(case, *kernels, device=DEVICE)
+
+
+def test_few_huge_rows(kernels):
+    """Many blocks a row; four, so that most of a GPU would stand idle with one."""
+    options = Options(2.0, 2.0, 0.3, 0.1)
+    check_others(Case("huge", 4, 1 << 20, options, hard="labels", temperatures="rows"), *kernels, device=DEVICE)
+
+
+@pytest.mark.parametrize("edge", EDGES + OTHER_EDGES, ids=lambda f: f.__name__)
 def test_edge(edge, kernels):
     edge(*kernels, device=DEVICE)
 
 
-@pytest.mark.parametrize("case", [MIXED, WIDE], ids=str)
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
 def test_twice_is_the_same_bit_for_bit(case, kernels):
     tensors = make(case, DEVICE)
     same(call(kernels, case, tensors), call(kernels, case, tensors))
 
 
-@pytest.mark.parametrize("case", [MIXED, WIDE], ids=str)
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
 def test_never_waits_for_the_device(case, kernels):
     tensors = make(case, DEVICE)
     call(kernels, case, tensors)  # what is compiled on first use is compiled now
@@ -71,7 +86,7 @@ def test_never_waits_for_the_device(case, kernels):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("case", [MIXED, WIDE], ids=str)
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
 def test_cuda_graph(case, kernels):
     tensors = make(case, DEVICE)
     fresh = (tensors[0].flip(0).contiguous(), tensors[1].flip(1).contiguous(), *tensors[2:])
@@ -90,7 +105,7 @@ def test_cuda_graph(case, kernels):
     same(captured, want)
 
 
-@pytest.mark.parametrize("case", [MIXED, WIDE], ids=str)
+@pytest.mark.parametrize("case", SEVERAL, ids=str)
 def test_runs_on_the_current_stream(case, kernels):
     """Inputs that a busy side stream has yet to write: on any other stream the kernels would read zeros."""
     tensors = make(case, DEVICE)
@@ -153,3 +168,91 @@ def test_kd_loss(reduction):
         got.append([loss.detach().cpu(), *(x.grad.cpu() for x in leaves)])
     for x, y in zip(*got, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- loss and gradient in one launch
+@pytest.fixture
+def value_and_grad():
+    if not has_kernel("kd_kl_value_and_grad", "CUDA") or "kd_kl" in kdfast.triton.registered:
+        pytest.skip("the compiled CUDA kernels are not built")
+    return torch.ops.kdfast.kd_kl_value_and_grad
+
+
+# By lanes, a block, a cluster of 2 to 16, and more than any holds.
+ON_CHIP = [
+    Case(f"{classes}", 33, classes, options, dtype, "labels", temperatures="rows", masked=True)
+    for dtype in (torch.float32, torch.bfloat16)
+    for classes, options in (
+        (10, Options(2.0, 2.0, 0.3)),
+        (1000, Options(2.0, 2.0, divergence=3)),
+        (1001, Options(2.0, 2.0, 0.3, 0.1)),
+        (5003, Options(2.0, 2.0, 0.3, divergence=4)),
+        (16384, Options(2.0, 2.0, 0.3, softcap=30.0)),
+        (32000, Options(2.0, 2.0, 0.3)),
+        (50257, Options(2.0, 2.0, 0.3, divergence=3)),
+        (128256, Options(2.0, 2.0, 0.3)),
+        (262144, Options(2.0, 2.0, 0.3, 0.1)),
+        (600011, Options(2.0, 2.0, 0.3)),
+    )
+]
+SOME_ON_CHIP = [case for case in ON_CHIP if case.classes in (1001, 50257, 600011)]
+
+
+def at_once(value_and_grad, case: Case, tensors: tuple) -> list:
+    return list(value_and_grad(*tensors, *case.options, True, 0.5))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES + OTHERS if c.rows > 0] + ON_CHIP, ids=str)
+def test_value_and_grad(case, value_and_grad):
+    check_value_and_grad(case, value_and_grad, torch.ops.kdfast.kd_kl, device=DEVICE)
+
+
+def test_value_and_grad_of_no_rows(value_and_grad):
+    empty = torch.empty(0, 5, device=DEVICE)
+    loss, stats, ds = value_and_grad(empty, empty, *(None,) * 5, *Options(), False, 1.0)
+    assert loss.item() == 0
+    assert (stats.shape, ds.shape) == ((0, 8), (0, 5))
+
+
+@pytest.mark.parametrize("case", SOME_ON_CHIP, ids=str)
+def test_value_and_grad_twice_without_waiting(case, value_and_grad):
+    """The same bit for bit, and no wait for the device in the second call."""
+    tensors = make(case, DEVICE)
+    first = at_once(value_and_grad, case, tensors)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = at_once(value_and_grad, case, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    same(again, first)
+
+
+@pytest.mark.parametrize("case", SOME_ON_CHIP, ids=str)
+def test_value_and_grad_in_a_graph(case, value_and_grad):
+    tensors = make(case, DEVICE)
+    fresh = [x.flip(0).contiguous() for x in tensors[:2]]
+    want = at_once(value_and_grad, case, (*fresh, *tensors[2:]))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        at_once(value_and_grad, case, tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = at_once(value_and_grad, case, tensors)
+    for static, new in zip(tensors[:2], fresh, strict=True):
+        static.copy_(new)
+    graph.replay()
+    same(captured, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, -0.75])
+def test_scale(dtype, factor, value_and_grad):
+    for shape in ((3, 5), (33, 1001), (64, 40000)):
+        x = torch.randn(shape, device=DEVICE).to(dtype)
+        by = torch.tensor(factor, dtype=accumulate_dtype(dtype), device=DEVICE)
+        want = (x.to(by.dtype) * by).to(dtype)
+        torch.ops.kdfast.kd_kl_scale_(x, by)
+        same([x], [want])

@@ -57,11 +57,16 @@ def _rows() -> list[tuple]:
     return rows
 
 
+SHARES = [(0.0, 0.0, 0), (0.5, 0.0, 1), (0.3, 0.2, 2)]  # alpha, label_smoothing, scale
 CALLS = [
-    Options(4.0, 2.0, alpha, smoothing, -100, divergence, scale)
-    for divergence, (alpha, smoothing, scale) in itertools.product(
-        range(3), [(0.0, 0.0, 0), (0.5, 0.0, 1), (0.3, 0.2, 2)]
-    )
+    *(Options(4.0, 2.0, *share[:2], -100, d, share[2]) for d, share in itertools.product(range(3), SHARES)),
+    *(Options(4.0, 2.0, *share[:2], -100, 3, share[2], beta) for beta, share in itertools.product((0.2, 0.8), SHARES)),
+    # The hard part here takes probabilities and dkd a label, so dkd stands alone.
+    Options(4.0, 2.0, 0.0, 0.0, -100, 4, 0, 8.0, 1.0),
+    Options(1.0, 2.0, 0.0, 0.0, -100, 4, 1, 0.5, 3.0),
+    *(Options(4.0, 2.0, 0.3, 0.2, -100, d, 0, softcap=6.0, logit_scale=1.5) for d in range(4)),
+    Options(4.0, 2.0, 0.0, 0.0, -100, 4, 0, 8.0, 1.0, softcap=6.0),
+    Options(4.0, 2.0, 0.5, logit_scale=0.5),
 ]
 
 
@@ -73,22 +78,17 @@ def test_rows(program, dtype, tolerance):
         if o.divergence == 1:  # where the student weighs, more may be masked in the student
             row[0], row[1] = row[1], row[0]
             row[2] = row[2].masked_fill(row[0] == -INF, 0)
-        numbers = [
-            int(dtype == torch.float64),
-            row[0].numel(),
-            o.divergence,
-            o.scale,
-            o.tau_s,
-            o.tau_t,
-            o.alpha,
-        ]
-        lines.append(" ".join(map(repr, [*numbers, o.label_smoothing, *torch.cat(row).tolist()])))
+        integers = [int(dtype == torch.float64), row[0].numel(), o.divergence, o.scale, row[0].numel() // 2]
+        numbers = [o.tau_s, o.tau_t, o.alpha, o.label_smoothing, o.beta, o.target_weight, o.softcap, o.logit_scale]
+        lines.append(" ".join(map(repr, [*integers, *numbers, *torch.cat(row).tolist()])))
     done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
     printed = [torch.tensor([float(x) for x in line.split()], dtype=torch.float64) for line in done.stdout.splitlines()]
     for (o, row), ours in zip(cases, printed, strict=True):
         leaves = [x.unsqueeze(0).requires_grad_() for x in row[:2]]
         taus = [torch.tensor([tau], dtype=torch.float64, requires_grad=True) for tau in (o.tau_s, o.tau_t)]
-        loss = definition(*leaves, *taus, None, row[2].unsqueeze(0), None, o)
+        labels = torch.tensor([row[0].numel() // 2]) if o.divergence == 4 else None
+        target = None if o.divergence == 4 else row[2].unsqueeze(0)
+        loss = definition(*leaves, *taus, labels, target, None, o)
         gradients = torch.autograd.grad(loss, [*taus, *leaves], allow_unused=True)
         truth = torch.cat([x.flatten() for x in (loss.detach(), *gradients)])
         assert truth.isfinite().all()
