@@ -2,7 +2,7 @@
 
 from kdfast import _native  # noqa: F401  (first: it registers the compiled kernels)
 from kdfast.backends import show_backends
-from kdfast.losses import KDLoss, kd_loss
+from kdfast.losses import KDLoss, incorrect_brier, kd_loss
 from kdfast.meta import MetaStepReport, Process, exact_hypergradient, meta_kd_step
 from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
 
@@ -17,6 +17,7 @@ __all__ = [
     "MetaStepReport",
     "Process",
     "exact_hypergradient",
+    "incorrect_brier",
     "kd_loss",
     "meta_kd_step",
     "show_backends",

@@ -7,7 +7,10 @@ from kdfast import _native, triton
 if torch.version.cuda is not None:
     triton.register()
 
-OPS = {"kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad")}
+OPS = {
+    "kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad"),
+    "incorrect_brier": ("incorrect_brier", "incorrect_brier_backward", "incorrect_brier_value_and_grad"),
+}
 
 
 def show_backends() -> str:

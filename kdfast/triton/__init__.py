@@ -9,7 +9,12 @@ import importlib.util
 import torch
 
 # op -> the module its kernel stands in
-MODULES = {"kd_kl": "kdfast.triton.kd_kl", "kd_kl_backward": "kdfast.triton.kd_kl"}
+MODULES = {
+    "kd_kl": "kdfast.triton.kd_kl",
+    "kd_kl_backward": "kdfast.triton.kd_kl",
+    "incorrect_brier": "kdfast.triton.incorrect_brier",
+    "incorrect_brier_backward": "kdfast.triton.incorrect_brier",
+}
 registered: set[str] = set()  # the ops Triton runs on CUDA tensors
 
 
