@@ -54,7 +54,7 @@ def test_compiles_without_spilling(architecture, tmp_path, monkeypatch):
             compiled.setdefault(binary.hash, (kernel.__name__, case, binary.asm["cubin"]))
 
         monkeypatch.setattr(kernel, "run", compile_only)
-    widths = {torch.float64: (10, 100, 1000, 9001), torch.float32: (100, 9001), torch.bfloat16: (10, 1000)}
+    widths = {torch.float64: (10, 100, 9001), torch.float32: (100, 9001), torch.bfloat16: (10, 1000)}
     for dtype, classes, soft in [(d, n, soft) for d in widths for n in widths[d] for soft in (False, True)]:
         case = (dtype, classes, "probabilities" if soft else "labels")
         real = torch.float64 if dtype == torch.float64 else torch.float32
