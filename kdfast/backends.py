@@ -10,6 +10,8 @@ if torch.version.cuda is not None:
 OPS = {
     "kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad"),
     "incorrect_brier": ("incorrect_brier", "incorrect_brier_backward", "incorrect_brier_value_and_grad"),
+    "perturb": ("perturb",),
+    "virtual_step": ("virtual_step",),
 }
 
 
