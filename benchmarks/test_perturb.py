@@ -2,7 +2,7 @@
 
     pytest benchmarks --benchmark-only -k "perturb or virtual_step"
 
-A case's bytes are those of the fewest passes that can be: perturb reads theta, g, v for the sums and theta, v again, and
+A case's bytes are those of the fewest passes that can be: perturb reads theta, g, v for its sums, theta, v again, and
 writes one point; virtual_step reads theta, g and the momentum buffer and writes theta+.
 """
 

@@ -26,8 +26,8 @@ def perturb(
     radius: float,
     both: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """(ahead, behind or nothing, [2] = (epsilon, slope)); in fp32, or fp64 if theta is, stored as theta is."""
-    real = accumulate_dtype(theta[0].dtype)
+    """(ahead, behind or nothing, [2] = (epsilon, slope)); in fp32, or fp64 if any theta is; stored as theta is."""
+    real = max((accumulate_dtype(t.dtype) for t in theta), key=lambda dtype: dtype.itemsize)
     w = [f * x.to(real) for f, x in zip(factors, v, strict=True)]
     relative = torch.stack([_size(t.to(real), x) for t, x in zip(theta, w, strict=True)])
     norm = torch.linalg.vector_norm(relative)

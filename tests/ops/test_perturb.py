@@ -23,7 +23,7 @@ def make(shapes, dtype, seed=0):
 
 
 def truth(theta, g, v, factors, radius, both):
-    """The formulas, number by number in fp64; and the sum of the slope's terms by size, of which rounding is a share."""
+    """The formulas, number by number in fp64; and the sum of the slope's terms by size, for its rounding."""
     theta, g, v = ([x.double() for x in tensors] for tensors in (theta, g, v))
     total = slope = terms = 0.0
     for t, y, x, f in zip(theta, g, v, factors, strict=True):
@@ -149,11 +149,11 @@ def test_tied_tensors_and_mixed_types():
     theta, g, v, factors = make([(6, 8), (6, 8)], torch.float32)
     tied = ([theta[0], theta[0]], [g[0], g[0]], [v[0], v[0]], factors, 0.1, True)
     assert_close(perturb(*tied), truth(*tied), torch.float32)
-    mixed = [[tensors[0].double(), tensors[1]] for tensors in (theta, g, v)]
+    mixed = [[tensors[1], tensors[0].double() / 3] for tensors in (theta, g, v)]  # numbers that fp32 does not have
     got, want = perturb(*mixed, factors, 0.1, False), truth(*mixed, factors, 0.1, False)
-    assert [x.dtype for x in got.ahead] == [torch.float64, torch.float32]
-    for x, y in zip(got.ahead, want[0], strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-6)
+    for x, y, dtype, tolerance in zip(got.ahead, want[0], (torch.float32, torch.float64), (1e-6, 1e-14), strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance)
 
 
 def test_the_compiled_kernel_is_the_reference():
