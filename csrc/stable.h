@@ -48,6 +48,16 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   return Tensor(handle);
 }
 
+// The same for the shape, strides and type of another tensor, whose elements must fill their memory.
+inline Tensor empty_like(const Tensor& like) {
+  const bool cpu = like.is_cpu();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      like.dim(), like.sizes().data(), like.strides().data(), static_cast<int32_t>(like.scalar_type()),
+      cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(), cpu ? 0 : like.get_device(), &handle));
+  return Tensor(handle);
+}
+
 #if defined(USE_CUDA)
 // Kernels are to run on this stream, under `const torch::stable::accelerator::DeviceGuard guard(device)`.
 // torch::stable's own Stream hands out the native handle only from torch 2.13.

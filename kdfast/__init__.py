@@ -2,8 +2,15 @@
 
 from kdfast import _native  # noqa: F401  (first: it registers the compiled kernels)
 from kdfast.backends import show_backends
-from kdfast.losses import KDLoss, dkd_loss, generalized_jsd_loss, kd_loss
-from kdfast.losses.topk import topk_kd_loss, topk_teacher
+from kdfast.losses import (
+    KDLoss,
+    dkd_loss,
+    generalized_jsd_loss,
+    incorrect_brier,
+    kd_loss,
+    topk_kd_loss,
+    topk_teacher,
+)
 from kdfast.meta import MetaStepReport, Process, exact_hypergradient, meta_kd_step
 from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
 
@@ -20,6 +27,7 @@ __all__ = [
     "dkd_loss",
     "exact_hypergradient",
     "generalized_jsd_loss",
+    "incorrect_brier",
     "kd_loss",
     "meta_kd_step",
     "show_backends",

@@ -1,6 +1,16 @@
 """What users call: arguments checked, the op called, the result reduced."""
 
+from kdfast.losses.incorrect_brier import incorrect_brier
 from kdfast.losses.kd_kl import KDLoss, kd_loss
 from kdfast.losses.kd_kl_drop_in import dkd_loss, generalized_jsd_loss
+from kdfast.losses.topk import topk_kd_loss, topk_teacher
 
-__all__ = ["KDLoss", "dkd_loss", "generalized_jsd_loss", "kd_loss"]
+__all__ = [
+    "KDLoss",
+    "dkd_loss",
+    "generalized_jsd_loss",
+    "incorrect_brier",
+    "kd_loss",
+    "topk_kd_loss",
+    "topk_teacher",
+]

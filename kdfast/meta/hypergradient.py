@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kdfast.meta.inner import functional_step
+from kdfast.ops.perturb import perturb
 
 TANGENTS = ("forward", "central")
 
@@ -33,7 +34,6 @@ RADIUS = {
     ("central", "tf32"): 1e-2,
     ("central", "bfloat16"): 3e-2,
 }
-SMALLEST_RMS = 1e-3  # a weight initialised to zero counts as this, or it alone would stop the displacement
 
 
 class _Halves(nn.Module):
@@ -100,18 +100,19 @@ def _head_loss(distiller, batch: tuple[Any, Tensor], teacher_outputs: Any) -> Te
 
 
 class Direction(NamedTuple):
-    """Where to displace the student, and what is known there.
+    """Where the student is displaced to, and what is known there.
 
     Attributes:
-        values: theta, all inner parameters before the step.
-        w: (d theta+/dg)^T v for each of them, None where the head or the validation loss does not reach.
+        ahead: theta + epsilon w, all inner parameters; those which the head or the validation loss does not reach
+            stay at theta, as do all where w is zero or not finite.
+        behind: theta - epsilon w, if asked for.
         slope: <g, w>, the exact derivative of the training loss along w.
         epsilon: the factor on w, 0 where w is zero or not finite.
         usable: bool, whether it is neither.
     """
 
-    values: list[Tensor]
-    w: list[Tensor | None]
+    ahead: list[Tensor]
+    behind: list[Tensor]
     slope: Tensor
     epsilon: Tensor
     usable: Tensor
@@ -124,32 +125,25 @@ def direction(
     slopes: Sequence[float | Tensor | None],  # diagonal of d theta+/dg
     v: Sequence[Tensor | None],  # shaped like theta
     radius: float,
+    both: bool = False,
 ) -> Direction:
-    """The displacement of relative size `radius` along w.
+    """The displacement of relative size `radius` along w = (d theta+/dg)^T v; with `both` also the one against it.
 
     epsilon = radius / sqrt(sum_l (|w_l| / d_l)^2), with d_l the norm of a weight tensor and sqrt(numel) for
     vectors (biases, normalisation): the displaced network is as far away whatever the weights' scale is.
     """
-    w = [None if s is None or x is None else s * x for s, x in zip(slopes, v, strict=True)]
-    moved = [(theta, g, x) for theta, g, x in zip(values, gradients, w, strict=True) if x is not None]
+    moved = [i for i, (s, x) in enumerate(zip(slopes, v, strict=True)) if s is not None and x is not None]
     if not moved:
         zero = values[0].new_zeros(())
-        return Direction(list(values), w, zero, zero, zero > 0)
-    weights = [i for i, (theta, _, _) in enumerate(moved) if theta.dim() >= 2]
-    rms = _rms([x for _, _, x in moved])
-    sizes = _rms([moved[i][0] for i in weights])
-    for i, size in zip(weights, sizes, strict=True):
-        rms[i] = rms[i] / size.clamp(min=SMALLEST_RMS)
-    relative = torch.linalg.vector_norm(torch.stack(rms))
-    usable = relative.isfinite() & (relative > 0)
-    epsilon = torch.where(usable, radius / relative, 0.0)
-    slope = torch.stack([(g * x).sum() for _, g, x in moved]).sum()
-    return Direction(list(values), w, slope, epsilon, usable)
-
-
-def _rms(tensors: list[Tensor]) -> list[Tensor]:
-    norms = torch._foreach_norm(tensors) if tensors else []
-    return [norm / x.numel() ** 0.5 for norm, x in zip(norms, tensors, strict=True)]
+        return Direction(list(values), list(values) if both else [], zero, zero, zero > 0)
+    factors = [1.0 if isinstance(slopes[i], Tensor) else slopes[i] for i in moved]
+    along = [slopes[i] * v[i] if isinstance(slopes[i], Tensor) else v[i] for i in moved]
+    points = perturb([values[i] for i in moved], [gradients[i] for i in moved], along, factors, radius, both)
+    ahead, behind = list(values), list(values) if both else []
+    for point, displaced in ((ahead, points.ahead), (behind, points.behind)):
+        for i, x in zip(moved, displaced, strict=False):
+            point[i] = x
+    return Direction(ahead, behind, points.slope, points.epsilon, points.epsilon > 0)
 
 
 class Tangent(NamedTuple):
@@ -174,26 +168,26 @@ def tangent_of_head(
     teacher_outputs: Any,
     base: tuple[Tensor, Sequence[Tensor | None]] | None,
 ) -> Tangent:
-    """The derivative of G = dL/dphi along w: forward from `base` = (L, G) at theta, or central without it."""
+    """The derivative of G = dL/dphi along w: forward from `base` = (L, G) at theta, or without it central, for which
+    `along` has both points."""
     if along.usable.is_cpu and not along.usable:  # on a GPU the passes run, and their result is replaced by zero
         return _no_tangent(meta, along)
 
-    def evaluate(factor: Tensor) -> tuple[Tensor, list[Tensor]]:
-        point = [t if x is None else torch.addcmul(t, x, factor) for t, x in zip(along.values, along.w, strict=True)]
+    def evaluate(point: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         shadow.replay()
         loss = shadow.at(point, _head_loss, batch, teacher_outputs)
         return loss.detach(), _gradient(loss, meta)
 
-    loss, gradient = evaluate(along.epsilon)
+    loss, gradient = evaluate(along.ahead)
     if base is None:
-        base, width = evaluate(-along.epsilon), 2 * along.epsilon
+        base, width = evaluate(along.behind), 2 * along.epsilon
     else:
         base, width = base, along.epsilon
     difference = (loss - base[0]) / width
     error = (difference - along.slope).abs() / along.slope.abs()
     h = [(a if b is None else a - b) / width for a, b in zip(gradient, base[1], strict=True)]
     usable = along.usable & torch.stack([x.isfinite().all() for x in h]).all()
-    return Tangent([torch.where(usable, x, 0.0) for x in h], error, usable)
+    return Tangent([torch.where(usable, x, 0.0).to(p.dtype) for p, x in zip(meta, h, strict=True)], error, usable)
 
 
 def _no_tangent(meta: Sequence[nn.Parameter], along: Direction) -> Tangent:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from kdfast.ops.virtual_step import virtual_step
+
 SUPPORTED = (SGD, Adam, AdamW)
 
 
@@ -48,9 +50,12 @@ def functional_step(
 ) -> list[Tensor]:  # theta+
     """Where `optimizer.step()` would lead, out of place and differentiable; the optimizer is only read.
 
-    A parameter whose gradient is None stays where it is, as in PyTorch.
+    A parameter whose gradient is None stays where it is, as in PyTorch. Under torch.no_grad() SGD steps all
+    parameters of a group in one sweep.
     """
     groups = _groups(optimizer)
+    if isinstance(optimizer, SGD) and not torch.is_grad_enabled():
+        return _sgd_steps(groups, optimizer.state, parameters, values, gradients)
     return [
         theta if g is None else _rule(optimizer)[0](groups[id(p)], optimizer.state.get(p, {}), theta, g)
         for p, theta, g in zip(parameters, values, gradients, strict=True)
@@ -89,6 +94,27 @@ def _sgd_step(group: dict, state: dict, theta: Tensor, g: Tensor) -> Tensor:
         buffer = d if buffer is None else momentum * buffer + (1 - group["dampening"]) * d
         d = d + momentum * buffer if group["nesterov"] else buffer
     return theta - group["lr"] * d
+
+
+def _sgd_steps(groups: dict, state: dict, parameters, values, gradients) -> list[Tensor]:
+    """`_sgd_step` of many parameters, those of equal constants together."""
+    stepped, together = list(values), {}
+    for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+        if g is None:
+            continue
+        group, buffer = groups[id(p)], state.get(p, {}).get("momentum_buffer")
+        if isinstance(group["lr"], Tensor):  # on a GPU a number would have to be waited for
+            stepped[i] = _sgd_step(group, state.get(p, {}), values[i], g)
+        else:
+            together.setdefault((id(group), buffer is None), (group, []))[1].append((i, g, buffer))
+    for (_, first), (group, members) in together.items():
+        at, g, buffers = zip(*members, strict=True)
+        constants = [group[name] for name in ("lr", "weight_decay", "momentum", "dampening", "nesterov")]
+        for i, x in zip(
+            at, virtual_step([values[i] for i in at], g, [] if first else buffers, *constants), strict=True
+        ):
+            stepped[i] = x
+    return stepped
 
 
 def _sgd_slope(group: dict, state: dict, theta: Tensor, g: Tensor) -> float:

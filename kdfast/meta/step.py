@@ -120,7 +120,7 @@ def meta_kd_step(
     with torch.random.fork_rng(shadow.devices):
         validation_loss = shadow.at(stepped, hyper.validation_loss, validation_batch)
         v = torch.autograd.grad(validation_loss, stepped, allow_unused=True)
-        along = hyper.direction(theta, gradients, slopes, v, radius)
+        along = hyper.direction(theta, gradients, slopes, v, radius, both=tangent == "central")
         result = hyper.tangent_of_head(
             shadow, along, meta, train_batch, teacher_outputs, base if tangent == "forward" else None
         )

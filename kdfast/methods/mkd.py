@@ -4,8 +4,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from kdfast.losses.incorrect_brier import incorrect_brier
 from kdfast.losses.kd_kl import kd_loss
 from kdfast.methods.base import Distiller
 
@@ -132,20 +132,3 @@ class MKD(Distiller):
 
     def meta_parameters(self):
         return self.temperatures.parameters()
-
-
-def incorrect_brier(
-    logits: Tensor,  # [batch, classes]
-    targets: Tensor,  # [batch] class indices, or [batch, classes] probabilities
-) -> Tensor:  # scalar
-    """Squared error of the class probabilities, over the samples that are classified wrongly.
-
-    The sum over those samples is divided by the size of the whole batch: the paper sums, which would tie the
-    meta-learning rate to the batch size. Zero when all are right.
-
-    Source: Liu et al., "Meta Knowledge Distillation", 2022 (arXiv:2202.07940), equation 8.
-    """
-    probabilities = logits.softmax(-1)
-    truth = targets if targets.is_floating_point() else F.one_hot(targets, logits.shape[-1]).to(probabilities)
-    wrong = logits.argmax(-1) != truth.argmax(-1)
-    return ((probabilities - truth).square().sum(-1) * wrong).mean()

@@ -15,6 +15,8 @@ MODULES = {
     "kd_kl_hvp": "kdfast.triton.kd_kl_hvp",
     "kd_kl_topk": "kdfast.triton.kd_kl_topk",
     "kd_kl_topk_backward": "kdfast.triton.kd_kl_topk",
+    "incorrect_brier": "kdfast.triton.incorrect_brier",
+    "incorrect_brier_backward": "kdfast.triton.incorrect_brier",
 }
 registered: set[str] = set()  # the ops Triton runs on CUDA tensors
 

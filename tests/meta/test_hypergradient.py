@@ -92,11 +92,14 @@ def test_weights_that_start_at_zero_do_not_stop_the_displacement(tiny, double):
     assert_close(h, exact)
 
 
-def test_direction_has_the_relative_size_asked_for():
+def test_direction_has_the_relative_size_asked_for(double):
     values = [torch.full((2, 2), 3.0), torch.ones(4)]
     v = [torch.ones(2, 2), torch.full((4,), 2.0)]
-    along = direction(values, v, [-0.5, -0.5], v, radius=0.01)
-    matrix, vector = along.epsilon * along.w[0], along.epsilon * along.w[1]
+    along = direction(values, v, [-0.5, -0.5], v, radius=0.01, both=True)
+    matrix, vector = (x - t for x, t in zip(along.ahead, values, strict=True))
+    for x, y, t in zip(along.ahead, along.behind, values, strict=True):
+        torch.testing.assert_close(x + y, 2 * t)
+    torch.testing.assert_close(matrix, -0.5 * along.epsilon * v[0])
     size = ((matrix.norm() / values[0].norm()) ** 2 + (vector.norm() / 4**0.5) ** 2) ** 0.5
     torch.testing.assert_close(size, torch.tensor(0.01))
     torch.testing.assert_close(along.slope, -0.5 * torch.tensor(4 * 1.0 + 4 * 4.0))

@@ -34,11 +34,14 @@ def test_step_and_slopes(name, steps_before, double):
     gradients = [torch.randn_like(p).requires_grad_() for p in parameters]
     slopes = update_slopes(optimizer, parameters, gradients)
     stepped = functional_step(optimizer, parameters, theta, gradients)
+    with torch.no_grad():  # another path: SGD's parameters in one sweep
+        swept = functional_step(optimizer, parameters, theta, gradients)
     for p, g in zip(parameters, gradients, strict=True):
         p.grad = g.detach()
     optimizer.step()
-    for x, p in zip(stepped, parameters, strict=True):
+    for x, y, p in zip(stepped, swept, parameters, strict=True):
         torch.testing.assert_close(x, p.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(y, p.detach(), rtol=1e-12, atol=1e-12)
     v = [torch.randn_like(p) for p in parameters]
     for x, expected in zip(
         [s * y for s, y in zip(slopes, v, strict=True)], torch.autograd.grad(stepped, gradients, v), strict=False
@@ -51,6 +54,8 @@ def test_parameter_without_gradient_stays():
     optimizer = SGD([p], lr=0.1, weight_decay=0.1)
     theta = p.detach().clone()
     assert functional_step(optimizer, [p], [theta], [None])[0] is theta
+    with torch.no_grad():
+        assert functional_step(optimizer, [p], [theta], [None])[0] is theta
     assert update_slopes(optimizer, [p], [None]) == [None]
 
 
