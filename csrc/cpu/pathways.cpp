@@ -30,7 +30,7 @@ using Tensors = std::vector<Tensor>;
     return l1 ? flat<true>(a, b, da, db, n, factor) : flat<false>(a, b, da, db, n, factor);                          \
   }                                                                                                                  \
   KDFAST_CLONES double hcl_tile(const Pair<S>& x, const Hcl& h, const double* part, double factor, Wide<S>* scratch) { \
-    switch (h.columns.begin[h.columns.count]) {                                                                      \
+    switch (std::is_same_v<S, float> && h.columns.count == 4 ? h.columns.begin[4] : 0) {                             \
       case 8: return hcl<8>(x, h, part, factor, scratch);                                                            \
       case 16: return hcl<16>(x, h, part, factor, scratch);                                                          \
       case 32: return hcl<32>(x, h, part, factor, scratch);                                                          \
@@ -96,7 +96,7 @@ struct Scratch {
 // not narrower than four cache lines.
 int64_t tile_channels(const Map& student, const Map& teacher, bool interleaved) {
   const int64_t positions = std::max(student.positions(), teacher.positions());
-  const int64_t channels = interleaved ? std::max<int64_t>(64, 16384 / positions / 16 * 16) : std::max<int64_t>(1, 8192 / positions);
+  const int64_t channels = interleaved ? std::max<int64_t>(64, 16384 / positions / 16 * 16) : std::max<int64_t>(1, 4096 / positions);
   return std::min(student.channels, channels);
 }
 
@@ -124,9 +124,13 @@ double difference_tile(const Pathway<A>& p, const Pair<S>& x, int64_t distance, 
 // mse, l1 and hcl of one sample.
 template <class T, class A>
 double difference(const Pathway<A>& p, int64_t sample, int64_t distance, Scratch<A>& scratch) {
-  const bool interleaved = p.student.interleaved, flat = distance != kHcl || p.hcl.levels == 0;
+  const bool flat = distance != kHcl || p.hcl.levels == 0;
   const Resize<A>* const r = p.resize.has_value() ? &*p.resize : nullptr;
-  const bool direct = r == nullptr && p.teacher.interleaved == interleaved;
+  // Rows too short for vectors: the tile is turned, so that vectors go over channels.
+  const bool turned = !flat && !p.student.interleaved && p.teacher.width < 16 && p.teacher.width != 8 && p.student.channels >= 16;
+  const bool interleaved = turned || p.student.interleaved;
+  const bool widened = !flat && !interleaved && !std::is_same_v<T, A>;  // planes of halves: in whole vectors first
+  const bool direct = r == nullptr && !widened && p.student.interleaved == interleaved && p.teacher.interleaved == interleaved;
   const int64_t channels = p.student.channels, positions = p.teacher.positions(), source = p.student.positions();
   const int64_t step = direct && flat ? channels : tile_channels(p.student, p.teacher, interleaved);
   const int64_t work = hcl_scratch(p.hcl, step), tile = direct ? 0 : step * positions, line_size = 2 * (p.student.width + p.teacher.width);

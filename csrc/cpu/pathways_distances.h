@@ -91,16 +91,28 @@ struct Pair {
   S *da, *db;
 };
 
+// The columns' segments: for the widths compiled for, a quarter each.
+template <int64_t kWidth>
+struct Columns {
+  const Side& side;
+  int64_t count() const { return kWidth > 0 ? 4 : side.count; }
+  int64_t begin(int64_t i) const { return kWidth > 0 ? i * (kWidth / 4) : side.begin[i]; }
+  int64_t width() const { return begin(count()); }
+};
+
 // First sweep, planes: cells[cell * channels + c] = sum of d; returns the sum of d^2. line: two rows.
 template <int64_t kWidth, class S, class A = Wide<S>>
 KDFAST_INLINE double plane_sums(const Pair<S>& x, const Hcl& h, A* cells, A* line) {
-  const int64_t channels = x.a.channels, width = kWidth > 0 ? kWidth : h.columns.begin[h.columns.count];
-  A *const sums = line, *const squares = line + width;
+  const Columns<kWidth> columns{h.columns};
+  const int64_t channels = x.a.channels, width = columns.width();
+  A registers[2 * kWidth + 1];
+  A *const sums = kWidth > 0 ? registers : line, *const squares = sums + width;
   double total = 0;
   for (int64_t c = 0; c < channels; ++c) {
     const S *a = x.a.data + c * x.a.channel_stride, *b = x.b.data + c * x.b.channel_stride;
+    for (int64_t i = 0; i < width; ++i) squares[i] = 0;
     for (int64_t row = 0; row < h.rows.count; ++row) {
-      for (int64_t i = 0; i < width; ++i) sums[i] = squares[i] = 0;
+      for (int64_t i = 0; i < width; ++i) sums[i] = 0;
       for (int64_t y = h.rows.begin[row]; y < h.rows.begin[row + 1]; ++y, a += width, b += width) {
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) {
@@ -109,16 +121,16 @@ KDFAST_INLINE double plane_sums(const Pair<S>& x, const Hcl& h, A* cells, A* lin
           squares[i] += d * d;
         }
       }
-      A square = 0;
-#pragma omp simd reduction(+ : square)
-      for (int64_t i = 0; i < width; ++i) square += squares[i];
-      total += square;
-      for (int64_t column = 0; column < h.columns.count; ++column) {
+      for (int64_t column = 0; column < columns.count(); ++column) {
         A sum = 0;
-        for (int64_t i = h.columns.begin[column]; i < h.columns.begin[column + 1]; ++i) sum += sums[i];
-        cells[(row * h.columns.count + column) * channels + c] = sum;
+        for (int64_t i = columns.begin(column); i < columns.begin(column + 1); ++i) sum += sums[i];
+        cells[(row * columns.count() + column) * channels + c] = sum;
       }
     }
+    A square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < width; ++i) square += squares[i];
+    total += square;
   }
   return total;
 }
@@ -199,18 +211,56 @@ KDFAST_INLINE double windows(const Hcl& h, const double* part, double factor, in
   return total;
 }
 
+// The same where 4 divides both sides: 4x4 cells, which are the windows of the first level.
+template <class A>
+KDFAST_INLINE double quarter_windows(const Hcl& h, const double* part, double factor, int64_t channels, const A* cells, A* terms) {
+  const A positions = static_cast<A>(h.rows.size[0][0] * h.columns.size[0][0]);
+  const A inverse[3] = {1 / positions, A(0.25) / positions, A(0.0625) / positions};
+  A term[3];
+  for (int k = 0; k < 3; ++k) term[k] = static_cast<A>(2 * factor * part[k]) * inverse[k] * inverse[k];
+  A squares_4 = 0, squares_2 = 0, squares_1 = 0;
+#pragma omp simd reduction(+ : squares_4, squares_2, squares_1)
+  for (int64_t c = 0; c < channels; ++c) {
+    A quarter[4], all = 0;
+    for (int q = 0; q < 4; ++q) {
+      const A* corner = cells + ((q / 2) * 8 + (q % 2) * 2) * channels + c;
+      const A s0 = corner[0], s1 = corner[channels], s2 = corner[4 * channels], s3 = corner[5 * channels];
+      quarter[q] = (s0 + s1) + (s2 + s3);
+      squares_4 += (s0 * s0 + s1 * s1) + (s2 * s2 + s3 * s3);
+      squares_2 += quarter[q] * quarter[q];
+      all += quarter[q];
+    }
+    squares_1 += all * all;
+    for (int q = 0; q < 4; ++q) {
+      const int64_t at = ((q / 2) * 8 + (q % 2) * 2) * channels + c;
+      const A common = term[1] * quarter[q] + term[2] * all;
+      terms[at] = term[0] * cells[at] + common;
+      terms[at + channels] = term[0] * cells[at + channels] + common;
+      terms[at + 4 * channels] = term[0] * cells[at + 4 * channels] + common;
+      terms[at + 5 * channels] = term[0] * cells[at + 5 * channels] + common;
+    }
+  }
+  const double squares[3] = {squares_4, squares_2, squares_1};
+  double total = 0;
+  for (int k = 0; k < 3; ++k) total += part[k] * squares[k] * inverse[k] * inverse[k];
+  return total;
+}
+
 // Second sweep, planes: out = sign (full d + the cell's term). line: one row.
 template <int64_t kWidth, class S, class A = Wide<S>>
 KDFAST_INLINE void plane_gradient(const Pair<S>& x, const Hcl& h, const A* terms, A full, A sign, S* out, A* line) {
-  const int64_t channels = x.a.channels, width = kWidth > 0 ? kWidth : h.columns.begin[h.columns.count];
+  const Columns<kWidth> columns{h.columns};
+  const int64_t channels = x.a.channels, width = columns.width();
+  A registers[kWidth + 1];
+  if (kWidth > 0) line = registers;
   full *= sign;
   for (int64_t c = 0; c < channels; ++c) {
     const S *a = x.a.data + c * x.a.channel_stride, *b = x.b.data + c * x.b.channel_stride;
     S* to = out + c * x.a.channel_stride;
     for (int64_t row = 0; row < h.rows.count; ++row) {
-      for (int64_t column = 0; column < h.columns.count; ++column) {
-        const A term = sign * terms[(row * h.columns.count + column) * channels + c];
-        for (int64_t i = h.columns.begin[column]; i < h.columns.begin[column + 1]; ++i) line[i] = term;
+      for (int64_t column = 0; column < columns.count(); ++column) {
+        const A term = sign * terms[(row * columns.count() + column) * channels + c];
+        for (int64_t i = columns.begin(column); i < columns.begin(column + 1); ++i) line[i] = term;
       }
       for (int64_t y = h.rows.begin[row]; y < h.rows.begin[row + 1]; ++y, a += width, b += width, to += width) {
 #pragma omp simd
@@ -243,20 +293,29 @@ inline int64_t hcl_scratch(const Hcl& h, int64_t channels) {
   return 2 * h.rows.count * h.columns.count * channels + std::max(2 * h.columns.begin[h.columns.count], channels);
 }
 
-// part: for d^2 in full, then for each level; returns sum part d^2 + sum part_k m^2.
+// part: for d^2 in full, then for each level; returns sum part d^2 + sum part_k m^2. Planes of halves come widened.
 template <int64_t kWidth, class S, class A = Wide<S>>
 KDFAST_INLINE double hcl(const Pair<S>& x, const Hcl& h, const double* part, double factor, A* scratch) {
-  const bool interleaved = x.a.interleaved();
+  constexpr bool kPlanes = std::is_same_v<S, A>;
+  const bool interleaved = !kPlanes || x.a.interleaved();
   const int64_t cells_size = h.rows.count * h.columns.count * x.a.channels;
   A *const cells = scratch, *const terms = cells + cells_size, *const line = terms + cells_size;
-  double total = part[0] * (interleaved ? interleaved_sums(x, h, cells, line) : plane_sums<kWidth>(x, h, cells, line));
-  total += windows(h, part + 1, factor, x.a.channels, cells, terms, line);
+  double total = 0;
+  if constexpr (kPlanes) {
+    if (!interleaved) total = part[0] * plane_sums<kWidth>(x, h, cells, line);
+  }
+  if (interleaved) total = part[0] * interleaved_sums(x, h, cells, line);
+  total += h.rows.count == 4 && h.columns.count == 4 ? quarter_windows(h, part + 1, factor, x.a.channels, cells, terms)
+                                                     : windows(h, part + 1, factor, x.a.channels, cells, terms, line);
   const A full = static_cast<A>(2 * factor * part[0]);
   for (const bool second : {false, true}) {
     S* const out = second ? x.db : x.da;
     if (out == nullptr) continue;
     const A sign = second ? A(-1) : A(1);
-    interleaved ? interleaved_gradient(x, h, terms, full, sign, out) : plane_gradient<kWidth>(x, h, terms, full, sign, out, line);
+    if constexpr (kPlanes) {
+      if (!interleaved) plane_gradient<kWidth>(x, h, terms, full, sign, out, line);
+    }
+    if (interleaved) interleaved_gradient(x, h, terms, full, sign, out);
   }
   return total;
 }
@@ -264,23 +323,27 @@ KDFAST_INLINE double hcl(const Pair<S>& x, const Hcl& h, const double* part, dou
 // attention. energy += sum over the tile's channels of x^2 [positions]; partial: [positions] of scratch.
 template <class S, class A = Wide<S>>
 KDFAST_INLINE void add_energy(const Tile<const S>& x, double* energy, A* partial) {
+  constexpr int64_t kFlush = 16;  // planes summed in the type of the arithmetic before they join the fp64 map
   if (x.position_stride == 1) {
-    std::fill_n(partial, x.positions, A(0));
-    for (int64_t c = 0; c < x.channels; ++c) {
-      const S* plane = x.data + c * x.channel_stride;
+    for (int64_t begin = 0; begin < x.channels; begin += kFlush) {
+      std::fill_n(partial, x.positions, A(0));
+      for (int64_t c = begin; c < std::min(begin + kFlush, x.channels); ++c) {
+        const S* plane = x.data + c * x.channel_stride;
 #pragma omp simd
-      for (int64_t p = 0; p < x.positions; ++p) partial[p] += widen(plane[p]) * widen(plane[p]);
+        for (int64_t p = 0; p < x.positions; ++p) partial[p] += widen(plane[p]) * widen(plane[p]);
+      }
+#pragma omp simd
+      for (int64_t p = 0; p < x.positions; ++p) energy[p] += partial[p];
     }
-  } else {
-    for (int64_t p = 0; p < x.positions; ++p) {
-      const S* at = x.data + p * x.position_stride;
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < x.channels; ++c) sum += widen(at[c]) * widen(at[c]);
-      partial[p] = sum;
-    }
+    return;
   }
-  for (int64_t p = 0; p < x.positions; ++p) energy[p] += partial[p];
+  for (int64_t p = 0; p < x.positions; ++p) {
+    const S* at = x.data + p * x.position_stride;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < x.channels; ++c) sum += widen(at[c]) * widen(at[c]);
+    energy[p] += sum;
+  }
 }
 
 // Divides by the norm, or makes it 0 where that is 0; returns 1 / norm, or 0.

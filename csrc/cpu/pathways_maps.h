@@ -53,14 +53,22 @@ KDFAST_INLINE void convert(const Tile<const From>& from, const Tile<To>& to) {
     for (int64_t i = 0; i < from.channels * from.positions; ++i) one(from.data[i], to.data + i);
     return;
   }
-  for (int64_t p = 0; p < from.positions; ++p) {
-    const From* source = from.data + p * from.position_stride;
-    To* target = to.data + p * to.position_stride;
-    if (from.channel_stride == 1 && to.channel_stride == 1) {
+  if (from.channel_stride == 1 && to.channel_stride == 1) {
+    for (int64_t p = 0; p < from.positions; ++p) {
+      const From* source = from.data + p * from.position_stride;
+      To* target = to.data + p * to.position_stride;
 #pragma omp simd
       for (int64_t c = 0; c < from.channels; ++c) one(source[c], target + c);
-    } else {
-      for (int64_t c = 0; c < from.channels; ++c) one(source[c * from.channel_stride], target + c * to.channel_stride);
+    }
+    return;
+  }
+  constexpr int64_t kTurn = 16;  // channels turned together: as many cache lines stay open
+  for (int64_t begin = 0; begin < from.channels; begin += kTurn) {
+    const int64_t end = std::min(begin + kTurn, from.channels);
+    for (int64_t p = 0; p < from.positions; ++p) {
+      const From* source = from.data + p * from.position_stride;
+      To* target = to.data + p * to.position_stride;
+      for (int64_t c = begin; c < end; ++c) one(source[c * from.channel_stride], target + c * to.channel_stride);
     }
   }
 }
