@@ -33,7 +33,9 @@ def inputs(generator, shape, dtype, variant):
 
     def draw(size, sign):
         x = torch.randn(size, generator=generator, dtype=torch.float64)
-        if variant.get("distance") == "l1":  # students in [-1, 1], teachers outside [-2, 2]: no difference near the kink
+        if (
+            variant.get("distance") == "l1"
+        ):  # students in [-1, 1], teachers outside [-2, 2]: no difference near the kink
             x = x.sign() * (2 + x.abs()) if sign else x.tanh()
         return x.to(dtype)
 
@@ -198,9 +200,7 @@ def test_attention_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("orders", ["planes-last", "last-planes", "last-last"])
-@pytest.mark.parametrize(
-    "shape", [(2, 70, 8, 8, 8, 8), (2, 33, 7, 7, 7, 7), (1, 3, 6, 5, 14, 14), (2, 5, 9, 9, 4, 3)]
-)
+@pytest.mark.parametrize("shape", [(2, 70, 8, 8, 8, 8), (2, 33, 7, 7, 7, 7), (1, 3, 6, 5, 14, 14), (2, 5, 9, 9, 4, 3)])
 def test_memory_orders(shape, orders, distance, dtype):
     """Both gradients, each lying as its map does; every resize."""
     batch, channels, h, w, height, width = shape
@@ -225,7 +225,9 @@ def test_memory_orders(shape, orders, distance, dtype):
             assert got.stride() == x.stride()
             error = (got.double() - want).norm() / want.norm()
             # half's smallest step, where the numbers are that small
-            floor = torch.finfo(dtype).smallest_normal * want.numel() ** 0.5 / want.norm() if dtype == torch.float16 else 0
+            floor = (
+                torch.finfo(dtype).smallest_normal * want.numel() ** 0.5 / want.norm() if dtype == torch.float16 else 0
+            )
             assert error < 30 * eps + torch.finfo(dtype).eps + floor
 
 
