@@ -2,11 +2,11 @@
 
     pytest benchmarks --benchmark-only -k pathways
 
-`27 pathways`: a WRN-40-2 teacher and a WRN-16-2 student on CIFAR, three features each and three transforms, the students'
-maps in the teachers' shapes, each teacher's map in nine pathways. `resnet`: the four features of an ImageNet ResNet,
-one pathway each, windows overlapping at 14 and 7. `resize`: the students' maps at half the teachers' sizes. A case's
-bytes are those of the fewest passes that can be: read each map once, write each student's gradient. `times_exp_pass` is
-here the time over that of one bare copy of the students' maps into memory that is there.
+`27 pathways`: a WRN-40-2 teacher and a WRN-16-2 student on CIFAR, three features each and three transforms, the
+students' maps in the teachers' shapes, each teacher's map in nine pathways. `resnet`: the four features of an ImageNet
+ResNet, one pathway each, windows overlapping at 14 and 7; under `nearest` and `bilinear` the students' maps have half
+the teachers' sizes. A case's bytes are those of the fewest passes that can be: read each map once, write each student's
+gradient. `times_exp_pass` is here the time over that of one bare copy of the students' maps into memory at hand.
 """
 
 import statistics
