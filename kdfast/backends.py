@@ -14,6 +14,7 @@ OPS = {
     "incorrect_brier": ("incorrect_brier", "incorrect_brier_backward", "incorrect_brier_value_and_grad"),
     "perturb": ("perturb",),
     "virtual_step": ("virtual_step",),
+    "pathways": ("pathways", "pathways_backward", "pathways_value_and_grad"),
 }
 
 
@@ -46,7 +47,7 @@ def _cuda(name: str) -> str:
         return "none"
     if _native.has_kernel(name, "CUDA"):
         return "Triton" if name in triton.registered else "CUDA C++"
-    return "by the ops it is made of" if name == "kd_kl_value_and_grad" else "reference (PyTorch)"
+    return "by the ops it is made of" if name.endswith("_value_and_grad") else "reference (PyTorch)"
 
 
 def _reasons() -> list[str]:
