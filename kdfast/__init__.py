@@ -2,7 +2,7 @@
 
 from kdfast import _native  # noqa: F401  (first: it registers the compiled kernels)
 from kdfast.backends import show_backends
-from kdfast.losses import KDLoss, kd_loss
+from kdfast.losses import KDLoss, hcl, kd_loss, pathway_distances, pathway_loss
 from kdfast.meta import MetaStepReport, Process, exact_hypergradient, meta_kd_step
 from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
 
@@ -17,7 +17,10 @@ __all__ = [
     "MetaStepReport",
     "Process",
     "exact_hypergradient",
+    "hcl",
     "kd_loss",
     "meta_kd_step",
+    "pathway_distances",
+    "pathway_loss",
     "show_backends",
 ]

@@ -7,7 +7,10 @@ from kdfast import _native, triton
 if torch.version.cuda is not None:
     triton.register()
 
-OPS = {"kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad")}
+OPS = {
+    "kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad"),
+    "pathways": ("pathways", "pathways_backward", "pathways_value_and_grad"),
+}
 
 
 def show_backends() -> str:
@@ -39,7 +42,7 @@ def _cuda(name: str) -> str:
         return "none"
     if _native.has_kernel(name, "CUDA"):
         return "Triton" if name in triton.registered else "CUDA C++"
-    return "by the ops it is made of" if name == "kd_kl_value_and_grad" else "reference (PyTorch)"
+    return "by the ops it is made of" if name.endswith("_value_and_grad") else "reference (PyTorch)"
 
 
 def _reasons() -> list[str]:

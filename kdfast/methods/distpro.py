@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdfast.losses.pathways import pathway_distances, pathway_loss
 from kdfast.meta.process import Process
 from kdfast.methods.base import Distiller
 from kdfast.methods.transforms import TRANSFORMS
-from kdfast.reference.pathways import pathway_losses
 
 Features = tuple[Tensor, list[Tensor]]  # logits [batch, classes], features of [batch, channels_i, height_i, width_i]
 
@@ -122,11 +122,9 @@ class DistPro(Distiller):
             weights, kept = self.weights(), range(len(self.pathways))
         else:
             weights, kept = self._step_weights.to(logits.device, non_blocking=True), self._kept
-        distances = self.pathway_losses(features, teacher_outputs[1], kept)
-        return {
-            "task": F.cross_entropy(logits, targets),
-            "pathways": self.scale * (weights * distances).sum(),
-        }
+        students, teachers = self._ends_met(features, teacher_outputs[1], kept)
+        pathways = pathway_loss(students, teachers, self.scale * weights) if students else weights.sum()  # of none: 0
+        return {"task": F.cross_entropy(logits, targets), "pathways": pathways}
 
     def pathway_losses(
         self,
@@ -135,20 +133,25 @@ class DistPro(Distiller):
         kept: Sequence[int],
     ) -> Tensor:  # [kept]
         """The distance of each pathway in `kept`, by index into `pathways`."""
+        students, teachers = self._ends_met(student_features, teacher_features, kept)
+        return pathway_distances(students, teachers) if students else student_features[0].new_zeros(0)
+
+    def _ends_met(
+        self, student_features: list[Tensor], teacher_features: list[Tensor], kept: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """For each pathway in `kept` the transformed student's feature and the teacher's, of one shape."""
         if (len(student_features), len(teacher_features)) != (len(self.student_channels), len(self.teacher_channels)):
             raise ValueError(
                 f"DistPro was built for {len(self.student_channels)} student and {len(self.teacher_channels)} teacher "
                 f"features, got {len(student_features)} and {len(teacher_features)}; give student_channels and "
                 "teacher_channels, one number a feature."
             )
-        if not kept:
-            return student_features[0].new_zeros(0)
         ends = [self._ends[p] for p in kept]
         moved = [
             self.transforms[p](student_features[s], teacher_features[t].shape[2:])
             for p, (s, t) in zip(kept, ends, strict=True)
         ]
-        return pathway_losses(moved, [teacher_features[t] for _, t in ends])
+        return moved, [teacher_features[t] for _, t in ends]
 
     def meta_parameters(self):
         """The weights while they are learned; none while a process is followed."""

@@ -22,6 +22,12 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def grads_batched(grad: torch.Tensor) -> bool:
+    """Whether a backward was given many cotangents at once, by autograd.grad(is_grads_batched=True) or gradcheck. Its
+    vmap is not torch.func's: it sees no Function's rule, and no fallback takes an op with tensor lists through it."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def form() -> Form:
     if not torch.compiler.is_compiling():
         return Form.FUNCTION
