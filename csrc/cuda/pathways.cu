@@ -96,6 +96,7 @@ Plan make_plan(const Maps& maps, size_t p, const Tensor* student_grad, const Ten
   const auto pointer = [](const Tensor* x) { return x == nullptr ? nullptr : x->data_ptr(); };
   pair.student = student.data_ptr(), pair.teacher = teacher.data_ptr();
   pair.student_grad = pointer(student_grad), pair.teacher_grad = pointer(teacher_grad);
+  if (student.numel() == 0 || teacher.numel() == 0) return {pair, 0, 0};
   for (const Tensor& x : {student, teacher}) {
     STD_TORCH_CHECK(x.size(1) * x.size(2) * x.size(3) < (int64_t(1) << 31), "pathways: a sample of 2^31 elements");
     STD_TORCH_CHECK(planes_last(x) || channels_last(x), "pathways: maps must be contiguous or channels_last");
@@ -109,7 +110,6 @@ Plan make_plan(const Maps& maps, size_t p, const Tensor* student_grad, const Ten
   for (const void* x : {pair.student, pair.teacher, const_cast<const void*>(pair.student_grad),
                         const_cast<const void*>(pair.teacher_grad)})
     pair.aligned = pair.aligned && reinterpret_cast<uintptr_t>(x) % 16 == 0;  // null is
-  if (student.numel() == 0 || teacher.numel() == 0) return {pair, 0, 0};
 
   const int64_t planes = student.size(0) * student.size(1);
   if (maps.distance == kAttention) {
@@ -137,11 +137,11 @@ Plan make_plan(const Maps& maps, size_t p, const Tensor* student_grad, const Ten
 }
 
 template <class T, class A>
-auto kernel_of(int64_t distance) {
+auto kernel_of(int64_t distance, bool any_layout) {
   switch (distance) {
-    case kMse: return pixels<T, A, kMse>;
-    case kL1: return pixels<T, A, kL1>;
-    case kHcl: return pixels<T, A, kHcl>;
+    case kMse: return any_layout ? pixels<T, A, kMse, true> : pixels<T, A, kMse, false>;
+    case kL1: return any_layout ? pixels<T, A, kL1, true> : pixels<T, A, kL1, false>;
+    case kHcl: return any_layout ? pixels<T, A, kHcl, true> : pixels<T, A, kHcl, false>;
     default: return attention<T, A>;
   }
 }
@@ -168,7 +168,9 @@ void run(const Maps& maps, const OptionalTensor& coefficient, const Tensor* dist
   const bool in_scratch = by_attention && of_maps + kThreads * kChunk<T> * sizeof(A) > kMost;
   if (in_scratch) scratch = empty(like, {all_blocks * 2 * largest}, accumulate_type(like.scalar_type()));
 
-  const auto kernel = kernel_of<T, A>(maps.distance);
+  const bool any_layout =
+      std::any_of(plans.begin(), plans.end(), [](const Plan& plan) { return plan.pair.mode == kAnyLayout; });
+  const auto kernel = kernel_of<T, A>(maps.distance, any_layout);
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const cudaStream_t stream = current_stream(like.get_device_index());
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost));

@@ -32,8 +32,10 @@ template <class A>
 constexpr int kPerThread = sizeof(A) == 4 ? 16 : 8;  // elements of d a thread keeps in registers
 template <class A>
 constexpr int kTile = kThreads * kPerThread<A>;
-template <class A>
-constexpr int kBlocks = sizeof(A) == 4 ? 4 : 2;  // blocks a multiprocessor at least: 64 registers, fp64 128
+// Blocks a multiprocessor at least: 64 registers where all pairs of a launch are contiguous and of equal size, else 80;
+// fp64 wants up to 120.
+template <class A, bool kAny>
+constexpr int kBlocks = sizeof(A) == 8 ? 2 : kAny ? 3 : 4;
 
 enum Mode : unsigned char { kFlat, kPlanes, kAnyLayout };
 
@@ -170,14 +172,20 @@ struct Student {
     return (A(1) - sy.high_weight) * ((A(1) - sx.high_weight) * corner + sx.high_weight * right) +
            sy.high_weight * ((A(1) - sx.high_weight) * below + sx.high_weight * across);
   }
-  // The gradient of one of its pixels: of(row, column) is the gradient of what the teacher's pixel sees.
+  // The gradient of one of its pixels: of(row, column) is the gradient of what the teacher's pixel sees. `of` stands
+  // here once: twice, and its registers spill.
   template <class Of>
   __device__ A gather(int row, int column, const Of& of) const {
-    const Range rows = y.readers(row), columns = x.readers(column);
+    const Range rows = same ? Range{row, row + 1} : y.readers(row);
+    const Range columns = same ? Range{column, column + 1} : x.readers(column);
     A sum = 0;
+#pragma unroll 1
     for (int r = rows.begin; r < rows.end; ++r) {
-      const A by_row = y.share(r, row);
-      for (int c = columns.begin; c < columns.end; ++c) sum += by_row * x.share(c, column) * of(r, c);
+      const A by_row = same ? A(1) : y.share(r, row);
+#pragma unroll 1
+      for (int c = columns.begin; c < columns.end; ++c) {
+        sum += by_row * (same ? A(1) : x.share(c, column)) * of(r, c);
+      }
     }
     return sum;
   }
@@ -284,7 +292,7 @@ __device__ __forceinline__ A term(A d) {
 }
 template <int kDistance, class A>
 __device__ __forceinline__ A slope(A d) {
-  return kDistance == kL1 ? A(d > A(0)) - A(d < A(0)) : A(2) * d;
+  return kDistance != kL1 ? A(2) * d : d > A(0) ? A(1) : d < A(0) ? A(-1) : A(0);
 }
 
 template <class T, class A, int kDistance>
@@ -322,8 +330,9 @@ __device__ A contiguous(const Task<T, A>& task, A* memory) {
   for (int r = 0; r < kRounds; ++r) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      d[r][i] = static_cast<A>(a[r].x[i]) - static_cast<A>(b[r].x[i]);
-      sum += term<kDistance>(d[r][i]);
+      const A difference = static_cast<A>(a[r].x[i]) - static_cast<A>(b[r].x[i]);
+      sum += term<kDistance>(difference);
+      d[r][i] = kDistance == kL1 ? slope<kDistance>(difference) : difference;  // what the gradient is made of
     }
   }
 
@@ -361,7 +370,7 @@ __device__ A contiguous(const Task<T, A>& task, A* memory) {
   }
   if (!task.wants_gradient()) return value;
 
-  const A factor = task.coefficient * unit;
+  const A factor = (kDistance == kL1 ? A(1) : A(2)) * task.coefficient * unit;
   T* by_student = static_cast<T*>(pair.student_grad) + begin;
   T* by_teacher = static_cast<T*>(pair.teacher_grad) + begin;
 #pragma unroll
@@ -372,7 +381,7 @@ __device__ A contiguous(const Task<T, A>& task, A* memory) {
     Vector<T> plus, minus;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      A g = factor * slope<kDistance>(d[r][i]);
+      A g = factor * d[r][i];
       if (pooled && chunks.inside(first + i)) g += stage[(first + i) >> pair.atom];
       plus.x[i] = static_cast<T>(g), minus.x[i] = static_cast<T>(-g);
     }
@@ -463,8 +472,7 @@ struct Maps {
     }
     if (by_student != nullptr) {
       student.layout.each(planes, [&](Place p) {
-        const auto of = [&](int y, int x) { return gradient(p.channel, y, x); };
-        const A g = student.same ? of(p.y, p.x) : student.gather(p.y, p.x, of);
+        const A g = student.gather(p.y, p.x, [&](int y, int x) { return gradient(p.channel, y, x); });
         by_student[student.layout.at(p.channel, p.y, p.x)] = static_cast<T>(g);
       });
     }
@@ -549,12 +557,13 @@ __device__ void leave(const Call<T, A>& call, A value) {
   if (threadIdx.x == 0) call.partials[blockIdx.x] = sums[0];
 }
 
-template <class T, class A, int kDistance>
-__global__ void __launch_bounds__(kThreads, kBlocks<A>) pixels(const __grid_constant__ Call<T, A> call) {
+template <class T, class A, int kDistance, bool kAny>
+__global__ void __launch_bounds__(kThreads, kBlocks<A, kAny>) pixels(const __grid_constant__ Call<T, A> call) {
   const Task<T, A> task(call);
   if (!task.kept && !task.wants_gradient()) return;
-  const A value = task.pair.mode == kAnyLayout ? any_layout<T, A, kDistance>(call, task, dynamic_memory<A>())
-                                               : contiguous<T, A, kDistance>(task, dynamic_memory<A>());
+  const A value = kAny && task.pair.mode == kAnyLayout
+                      ? any_layout<T, A, kDistance>(call, task, dynamic_memory<A>())
+                      : contiguous<T, A, kDistance>(task, dynamic_memory<A>());
   if (call.partials != nullptr && task.kept) leave(call, value);
 }
 

@@ -117,7 +117,7 @@ __device__ void scale(const T* x, T* out, const A* map, int channels, int positi
 }
 
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads, kBlocks<A>) attention(const __grid_constant__ Call<T, A> call) {
+__global__ void __launch_bounds__(kThreads, kBlocks<A, true>) attention(const __grid_constant__ Call<T, A> call) {
   const Task<T, A> task(call);
   const Pair& pair = task.pair;
   if (!task.kept && !task.wants_gradient()) return;
