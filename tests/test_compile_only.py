@@ -14,6 +14,7 @@ import torch
 
 import kdfast.triton
 from kdfast.reference.kd_kl import accumulate_dtype
+from tests.ops import pathways_cases
 from tests.ops.kd_kl_cases import CASES, make
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,40 +72,41 @@ class _Driver:
         return self.target
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_triton(architecture, tmp_path, monkeypatch):
-    """The launchers themselves choose what is compiled, for every case the kernels are tested on."""
+@pytest.fixture
+def compiled(architecture, tmp_path, monkeypatch):
+    """compiled(module, *names): from now on these kernels of the module are compiled when launched, and not run.
+    Returns what has been, (kernel, cubin) by hash."""
     if not kdfast.triton.installed():
         pytest.skip("triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile")
-    from triton import knobs
     from triton.runtime import driver
-
-    from kdfast.triton import kd_kl as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", _Driver(architecture))
-    compiled = {}
-    for kernel in (kernels.forward_kernel, kernels.backward_kernel):
+    binaries = {}
 
-        def compile_only(*args, grid, warmup, kernel=kernel, run=kernel.run, **kwargs):
-            binary = run(*args, grid=grid, warmup=True, **kwargs)
-            compiled.setdefault(binary.hash, (kernel.__name__, case, binary.asm["cubin"]))
+    def start(module, *names):
+        for name in names:
+            kernel = getattr(module, name)
 
-        monkeypatch.setattr(kernel, "run", compile_only)
-    for case in CASES:
-        tensors = make(case)
-        grad = torch.ones(case.rows, dtype=accumulate_dtype(case.dtype))
-        _, stats = kernels.kd_kl(*tensors, *case.options, tensors[2] is not None)
-        kernels.kd_kl_backward(grad, *tensors, stats, *case.options, True, True)
-        kernels.kd_kl_backward(grad, *tensors, stats, *case.options, True, False)
+            def compile_only(*args, grid, warmup, name=name, run=kernel.run, **kwargs):
+                binary = run(*args, grid=grid, warmup=True, **kwargs)
+                binaries.setdefault(binary.hash, (name, binary.asm["cubin"]))
 
-    assert len(compiled) > 2 * len(CASES)
+            monkeypatch.setattr(kernel, "run", compile_only)
+        return binaries
+
+    return start
+
+
+def _spilled(binaries: dict, directory: Path) -> list:
+    from triton import knobs
+
     assert knobs.nvidia.cuobjdump.path is not None
     spilled = []
-    for name, case, cubin in compiled.values():
-        file = tmp_path / "kernel.cubin"
+    for name, cubin in binaries.values():
+        file = directory / "kernel.cubin"
         file.write_bytes(cubin)
         usage = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)],
@@ -114,5 +116,39 @@ def test_triton(architecture, tmp_path, monkeypatch):
         ).stdout
         stack, local = re.search(r"STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()
         if (stack, local) != ("0", "0"):
-            spilled.append((name, str(case), stack, local))
-    assert spilled == []
+            spilled.append((name, stack, local))
+    return spilled
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_triton(compiled, tmp_path):
+    """The launchers themselves choose what is compiled, for every case the kernels are tested on."""
+    kernels = pytest.importorskip("kdfast.triton.kd_kl")
+    binaries = compiled(kernels, "forward_kernel", "backward_kernel")
+    for case in CASES:
+        tensors = make(case)
+        grad = torch.ones(case.rows, dtype=accumulate_dtype(case.dtype))
+        _, stats = kernels.kd_kl(*tensors, *case.options, tensors[2] is not None)
+        kernels.kd_kl_backward(grad, *tensors, stats, *case.options, True, True)
+        kernels.kd_kl_backward(grad, *tensors, stats, *case.options, True, False)
+    assert len(binaries) > 2 * len(CASES)
+    assert _spilled(binaries, tmp_path) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_triton_pathways(compiled, tmp_path):
+    """One map of each stage of a residual network: a program compiles for a second and more."""
+    kernels = pytest.importorskip("kdfast.triton.pathways")
+    from kdfast.triton import _resize, pathways_attention
+
+    names = ("pixels_kernel", "gather_kernel", "squares_kernel", "scale_kernel")
+    compiled(kernels, names[0])
+    compiled(_resize, names[1])
+    binaries = compiled(pathways_attention, *names[2:])
+    for case in pathways_cases.TO_COMPILE:
+        students, teachers, keep, grad = pathways_cases.make(case)
+        options = keep, case.distance, case.resize
+        kernels.pathways(students, teachers, *options)
+        kernels.pathways_backward(grad, students, teachers, *options, True, False)
+    assert {name for name, _ in binaries.values()} == set(names)
+    assert _spilled(binaries, tmp_path) == []

@@ -9,7 +9,13 @@ import importlib.util
 import torch
 
 # op -> the module its kernel stands in
-MODULES = {"kd_kl": "kdfast.triton.kd_kl", "kd_kl_backward": "kdfast.triton.kd_kl"}
+MODULES = {
+    "kd_kl": "kdfast.triton.kd_kl",
+    "kd_kl_backward": "kdfast.triton.kd_kl",
+    "pathways": "kdfast.triton.pathways",
+    "pathways_backward": "kdfast.triton.pathways",
+    "pathways_value_and_grad": "kdfast.triton.pathways",
+}
 registered: set[str] = set()  # the ops Triton runs on CUDA tensors
 
 

@@ -68,8 +68,9 @@ CHANNELS_LAST = (
     Pair(2, 8, 8, 8, layout="lc"), Pair(2, 5, 7, 7, layout="cl"), Pair(2, 6, 1, 1, layout="lc"),
 )  # fmt: skip
 RESIZED = (
-    Pair(2, 3, 8, 8, (4, 4)), Pair(1, 3, 14, 7, (7, 14)), Pair(2, 2, 7, 7, (14, 14)), Pair(1, 5, 4, 4, (9, 10), layout="ll"),
-    Pair(1, 3, 10, 6, (3, 7), layout="cl"), Pair(2, 3, 8, 8, layout="cc"), Pair(1, 2, 5, 5, (1, 1)), Pair(1, 2, 1, 1, (6, 5)),
+    Pair(2, 3, 8, 8, (4, 4)), Pair(1, 3, 14, 7, (7, 14)), Pair(2, 2, 7, 7, (14, 14)), Pair(2, 3, 8, 8),
+    Pair(1, 5, 4, 4, (9, 10), layout="ll"), Pair(1, 3, 10, 6, (3, 7), layout="cl"),
+    Pair(1, 2, 5, 5, (1, 1)), Pair(1, 2, 1, 1, (6, 5)),
 )  # fmt: skip
 OTHER_CHANNELS = (
     Pair(2, 4, 8, 8, teacher_channels=7), Pair(2, 16, 8, 8, teacher_channels=8, layout="ll"),
@@ -94,6 +95,18 @@ CASES = [
     *(Case("unaligned", STAGES[1:] + CHANNELS_LAST[:1], distance, offset=1) for distance in (MSE, HCL, ATTENTION)),
     Case("one gradient", STAGES[2:], expanded=True),
     Case("many", _squares((1, 2, 4)) * 67, dropped=(5, 40, 66)),
+]
+
+# What is compiled, not run, for GPUs: the tiles of usual maps, each with its kernels' ways of reading.
+TO_COMPILE = [
+    Case("stages", (Pair(8, 32, 32, 32), Pair(8, 16, 8, 8), Pair(2, 64, 56, 56))),
+    Case("channels_last", (Pair(8, 64, 16, 16, layout="ll"),), dtype=torch.bfloat16),
+    Case("fp64", (Pair(8, 16, 7, 7),), dtype=torch.float64, dropped=(0,)),
+    Case("stages", (Pair(8, 32, 32, 32),), L1, dtype=torch.float16),
+    Case("bilinear", (Pair(8, 32, 16, 16, (8, 8)),), HCL, BILINEAR),
+    Case("nearest", (Pair(8, 32, 8, 8, (16, 16)),), HCL, NEAREST),
+    Case("channels", (Pair(8, 32, 8, 8, teacher_channels=64),), ATTENTION),
+    Case("bilinear", (Pair(8, 32, 16, 16, (8, 8)),), ATTENTION, BILINEAR, torch.bfloat16),
 ]
 
 
@@ -126,7 +139,7 @@ def make(case: Case, device="cpu") -> tuple[list, list, torch.Tensor | None, tor
 
 
 def truth(case: Case, students, teachers, keep, grad) -> tuple[torch.Tensor, list, list]:
-    """(distances, gradients in the students, in the teachers), in fp64. NaN behind `keep` would spread: it is 0 here."""
+    """(distances, gradients in the students, in the teachers), in fp64. What `keep` hides may be NaN, and is 0 here."""
     leaves = [[x.double().cpu().nan_to_num().requires_grad_() for x in maps] for maps in (students, teachers)]
     distances = definition(*leaves, None if keep is None else keep.cpu(), case.distance, case.resize)
     used = [x for maps in leaves for x in maps]

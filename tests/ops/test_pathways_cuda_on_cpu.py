@@ -4,14 +4,20 @@ alone can show (streams, graphs, speed) is test_pathways_cuda.py's part."""
 import pytest
 import torch
 
-from kdfast.ops import pathways as ops
+import kdfast  # noqa: F401  (defines the ops, whose schemas are built for a CPU once more)
 from kdfast.reference.pathways import ATTENTION, BILINEAR, HCL, MSE
 from tests.ops.cuda_on_cpu import LIBRARY, build
 from tests.ops.pathways_cases import CASES, EDGES, Case, Kernels, Pair, check, make
 
 # Beyond what registers hold, beyond what shared memory does, and several blocks a pair; too slow for other kernels'
 # tests on a CPU.
-LARGE = (Pair(1, 1, 70, 61), Pair(1, 1, 140, 132), Pair(2, 8, 34, 34, layout="ll"), Pair(3, 5, 20, 28), Pair(1, 3, 49, 49))
+LARGE = (
+    Pair(1, 1, 70, 61),
+    Pair(1, 1, 140, 132),
+    Pair(2, 8, 34, 34, layout="ll"),
+    Pair(3, 5, 20, 28),
+    Pair(1, 3, 49, 49),
+)
 CASES = [
     *CASES,
     *(Case("large", LARGE, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
@@ -21,16 +27,16 @@ CASES = [
 ]
 
 
+NAMES = ("pathways", "pathways_backward", "pathways_value_and_grad")
+RACES = [c for c in CASES if c.regime in ("stages", "channels_last", "channels", "bilinear")][::3]
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    schemas = [str(torch.ops.kdfast.__getattr__(name).default._schema) for name in NAMES]
-    library = build("pathways", [x.removeprefix("kdfast::") for x in schemas], tmp_path_factory.mktemp("cuda_on_cpu"))
-    yield Kernels(*(getattr(torch.ops, LIBRARY).__getattr__(name) for name in NAMES))
+    schemas = [str(getattr(torch.ops.kdfast, name).default._schema).removeprefix("kdfast::") for name in NAMES]
+    library = build("pathways", schemas, tmp_path_factory.mktemp("cuda_on_cpu"))
+    yield Kernels(*(getattr(getattr(torch.ops, LIBRARY), name) for name in NAMES))
     del library
-
-
-NAMES = ("pathways", "pathways_backward", "pathways_value_and_grad")
-assert ops.LIB is not None  # imported for the schemas
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -43,7 +49,7 @@ def test_edge(edge, kernels):
     edge(kernels)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.regime in ("stages", "channels_last", "channels", "bilinear")][::3], ids=str)
+@pytest.mark.parametrize("case", RACES, ids=str)
 def test_any_order_of_threads_gives_the_same(case, kernels, monkeypatch):
     """Bit for bit: threads that read what others write are kept apart by barriers."""
     students, teachers, keep, grad = make(case)
