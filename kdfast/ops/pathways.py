@@ -206,7 +206,7 @@ class WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        weights, keep, distances, *maps = ctx.saved_tensors
+        weights, keep, _, *maps = ctx.saved_tensors
         change = _along(weights, keep, ctx.options, maps, tangents[4:]).sum()
         if tangents[0] is not None:
             change = change + (tangents[0] * Pathways.apply(keep, *ctx.options, *maps)).sum()
