@@ -8,7 +8,7 @@
 #include "../stable.h"
 #include "pathways_attention.cuh"
 
-namespace kdfast::cuda {
+namespace kdfast::cuda::pathways {
 namespace {
 
 // Shared memory a block: what is aimed at where there is a choice, so that several blocks share a multiprocessor, and
@@ -258,10 +258,10 @@ std::tuple<Tensor, std::vector<Tensor>> pathways_value_and_grad(std::vector<Tens
 }
 
 }  // namespace
-}  // namespace kdfast::cuda
+}  // namespace kdfast::cuda::pathways
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
-  m.impl("pathways", TORCH_BOX(&kdfast::cuda::pathways_forward));
-  m.impl("pathways_backward", TORCH_BOX(&kdfast::cuda::pathways_backward));
-  m.impl("pathways_value_and_grad", TORCH_BOX(&kdfast::cuda::pathways_value_and_grad));
+  m.impl("pathways", TORCH_BOX(&kdfast::cuda::pathways::pathways_forward));
+  m.impl("pathways_backward", TORCH_BOX(&kdfast::cuda::pathways::pathways_backward));
+  m.impl("pathways_value_and_grad", TORCH_BOX(&kdfast::cuda::pathways::pathways_value_and_grad));
 }

@@ -22,7 +22,7 @@
 #include "../math/pathways.h"
 #include "rows.cuh"
 
-namespace kdfast::cuda {
+namespace kdfast::cuda::pathways {
 
 using namespace kdfast::pathways;
 
@@ -310,19 +310,21 @@ __device__ A contiguous(const Task<T, A>& task, A* memory) {
   const T* student = static_cast<const T*>(pair.student) + begin;
   const T* teacher = static_cast<const T*>(pair.teacher) + begin;
 
-  Vector<T> a[kRounds], b[kRounds];
+  Vector<T> a[kRounds] = {}, b[kRounds] = {};
+  const int count = task.kept ? chunks.count : 0;
+  if (whole) {  // the same for every chunk of the block: the loads of all rounds are issued together
 #pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const int chunk = r * kThreads + threadIdx.x;
-    a[r] = Vector<T>{}, b[r] = Vector<T>{};
-    if (task.kept && chunk < chunks.count) {
-      if (whole) {  // the same for every chunk of the block: the loads of all rounds are issued together
-        a[r] = reinterpret_cast<const Vector<T>*>(student)[chunk];
-        b[r] = reinterpret_cast<const Vector<T>*>(teacher)[chunk];
-      } else {
-        a[r] = load(student, chunks, chunks.first(chunk), static_cast<T>(0));
-        b[r] = load(teacher, chunks, chunks.first(chunk), static_cast<T>(0));
-      }
+    for (int r = 0; r < kRounds; ++r) {
+      const int chunk = r * kThreads + threadIdx.x;
+      if (chunk < count) a[r] = reinterpret_cast<const Vector<T>*>(student)[chunk];
+      if (chunk < count) b[r] = reinterpret_cast<const Vector<T>*>(teacher)[chunk];
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int chunk = r * kThreads + threadIdx.x;
+      if (chunk < count) a[r] = load(student, chunks, chunks.first(chunk), static_cast<T>(0));
+      if (chunk < count) b[r] = load(teacher, chunks, chunks.first(chunk), static_cast<T>(0));
     }
   }
   A d[kRounds][N], sum = 0;
@@ -580,4 +582,4 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Call<
   if (threadIdx.x == 0) call.distances[p] = sums[0];
 }
 
-}  // namespace kdfast::cuda
+}  // namespace kdfast::cuda::pathways

@@ -14,7 +14,7 @@
 
 #include "pathways.cuh"
 
-namespace kdfast::cuda {
+namespace kdfast::cuda::pathways {
 
 template <class T, class A>
 __device__ __forceinline__ void add_squares(const T* from, A (&sums)[kChunk<T>]) {
@@ -202,4 +202,4 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A, true>) attention(const __
   }
 }
 
-}  // namespace kdfast::cuda
+}  // namespace kdfast::cuda::pathways
