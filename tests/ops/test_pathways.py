@@ -33,7 +33,9 @@ def inputs(generator, shape, dtype, variant):
 
     def draw(size, sign):
         x = torch.randn(size, generator=generator, dtype=torch.float64)
-        if variant.get("distance") == "l1":  # students in [-1, 1], teachers outside [-2, 2]: no difference near the kink
+        if (
+            variant.get("distance") == "l1"
+        ):  # students in [-1, 1], teachers outside [-2, 2]: no difference near the kink
             x = x.sign() * (2 + x.abs()) if sign else x.tanh()
         return x.to(dtype)
 
@@ -198,9 +200,7 @@ def test_attention_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("orders", ["planes-last", "last-planes", "last-last"])
-@pytest.mark.parametrize(
-    "shape", [(2, 70, 8, 8, 8, 8), (2, 33, 7, 7, 7, 7), (1, 3, 6, 5, 14, 14), (2, 5, 9, 9, 4, 3)]
-)
+@pytest.mark.parametrize("shape", [(2, 70, 8, 8, 8, 8), (2, 33, 7, 7, 7, 7), (1, 3, 6, 5, 14, 14), (2, 5, 9, 9, 4, 3)])
 def test_memory_orders(shape, orders, distance, dtype):
     """Both gradients, each lying as its map does; every resize."""
     batch, channels, h, w, height, width = shape
@@ -208,9 +208,8 @@ def test_memory_orders(shape, orders, distance, dtype):
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(batch, channels, *s, generator=generator) for s in ((h, w), (height, width))]
     # Some way apart: where rounding decides the sign of a difference, l1's gradient is anything.
-    a, b = (
-        x.to(dtype).contiguous(memory_format=formats[o]) for x, o in zip((maps[0], maps[1] + 9), orders.split("-"), strict=True)
-    )  # fmt: skip
+    orders = [formats[order] for order in orders.split("-")]
+    a, b = (x.to(dtype).contiguous(memory_format=o) for x, o in zip((maps[0], maps[1] + 9), orders, strict=True))
     weights = torch.tensor([0.7], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for resize in RESIZES:
@@ -225,7 +224,9 @@ def test_memory_orders(shape, orders, distance, dtype):
             assert got.stride() == x.stride()
             error = (got.double() - want).norm() / want.norm()
             # half's smallest step, where the numbers are that small
-            floor = torch.finfo(dtype).smallest_normal * want.numel() ** 0.5 / want.norm() if dtype == torch.float16 else 0
+            floor = (
+                torch.finfo(dtype).smallest_normal * want.numel() ** 0.5 / want.norm() if dtype == torch.float16 else 0
+            )
             assert error < 30 * eps + torch.finfo(dtype).eps + floor
 
 
@@ -377,8 +378,8 @@ ERRORS = {
                  r"\[2, 3, 4, 4\] and \[2, 2, 4, 4\]; project", lambda: pathway_loss([M], [M[:, :2]])),
     "batch": (ValueError, r"students\[0\] and teachers\[0\] must have the same batch size, got \[2, 3, 4, 4\] and "
               r"\[1, 3, 4, 4\]; project", lambda: pathway_loss([M], [M[:1]], distance="attention")),
-    "devices": (ValueError, r"All maps must be on one device, got meta for teachers\[0\] and cpu for students\[0\]; move",
-                lambda: pathway_loss([M], [M.to("meta")])),
+    "devices": (ValueError, r"All maps must be on one device, got meta for teachers\[0\] and cpu for students\[0\]; "
+                r"move", lambda: pathway_loss([M], [M.to("meta")])),
     "distance": (ValueError, r"distance must be one of 'mse', 'l1', 'hcl', 'attention', got 'l2'\.",
                  lambda: pathway_loss([M], [M], distance="l2")),
     "resize": (ValueError, r"resize must be one of 'nearest', 'bilinear', got 'area'\.",
