@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A, true>) attention(const __
     if (task.kept) {
       m = of_student[i] * inverse[0], n = of_teacher[i] * inverse[1];
       const A d = m - n;
-      const A by_m = A(2) * factor * inverse[0] * (d - m * dot[0]), by_n = A(2) * factor * inverse[1] * (n * dot[1] - d);
-      m = by_m, n = by_n;
+      const A by_m = A(2) * factor * inverse[0] * (d - m * dot[0]);
+      n = A(2) * factor * inverse[1] * (n * dot[1] - d), m = by_m;
     }
     of_student[i] = m, of_teacher[i] = n;
   }

@@ -1,4 +1,4 @@
-"""csrc/math/pathways.h on a CPU: windows, cells and resizing of every small size, against what they are defined to be."""
+"""csrc/math/pathways.h on a CPU: windows, cells and resizing of every small size, against their definitions."""
 
 import os
 import shutil
