@@ -16,7 +16,7 @@ import torch
 
 import kdfast.triton
 from kdfast.reference.kd_kl import accumulate_dtype
-from tests.ops import kd_kl_cases
+from tests.ops import kd_kl_cases, kd_kl_hvp_cases, kd_kl_topk_cases, pathways_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = [80, 90, 100]
@@ -98,9 +98,67 @@ def _launch_kd_kl(kernels, at) -> int:
     return 2 * len(kd_kl_cases.CASES)
 
 
-# op: (the names of its kernels, and what calls its launchers for every case, saying which by at(case); it returns how
-# many kernels there have to be at least).
-TRITON = {"kd_kl": (("forward_kernel", "backward_kernel"), _launch_kd_kl)}
+def _launch_kd_kl_hvp(kernels, at) -> int:
+    cases = kd_kl_hvp_cases.CASES
+    chosen = [case for case in cases if case.classes >= 1000] + cases[1:20:4]  # the widest tiles spill first
+    for case in chosen:
+        at(case)
+        tensors = kd_kl_cases.make(case)
+        for given, both in (("all", True), ("student", False)):
+            directions = kd_kl_hvp_cases.direction(tensors, kd_kl_hvp_cases.DIRECTIONS[given])
+            kernels.kd_kl_hvp(*tensors, *directions, *case.options, both, True)
+    return 2 * len(chosen) - 1
+
+
+def _launch_kd_kl_topk(kernels, at) -> int:
+    for case in kd_kl_topk_cases.CASES:
+        at(case)
+        tensors = kd_kl_topk_cases.make(case)
+        grad = torch.ones(case.rows, dtype=tensors[1].dtype)
+        _, stats = kernels.kd_kl_topk(*tensors, 4.0, -100, tensors[3] is not None)
+        kernels.kd_kl_topk_backward(grad, *tensors, stats, 4.0, -100)
+    return len(kd_kl_topk_cases.CASES) - 1  # cases of a few classes share a tile
+
+
+def _launch_incorrect_brier(kernels, at) -> int:
+    """Every storage type, labels and probabilities, rows of one tile and of several."""
+    widths = {torch.float64: (10, 100, 9001), torch.float32: (100, 9001), torch.bfloat16: (10, 1000)}
+    for dtype, classes, soft in [(d, n, soft) for d in widths for n in widths[d] for soft in (False, True)]:
+        at((dtype, classes, "probabilities" if soft else "labels"))
+        real = accumulate_dtype(dtype)
+        logits = torch.zeros(3, classes, dtype=dtype)
+        given = (None, logits.to(real)) if soft else (torch.zeros(3, dtype=torch.int64), None)
+        _, stats = kernels.incorrect_brier(logits, *given, -100)
+        kernels.incorrect_brier_backward(torch.ones(3, dtype=real), logits, *given, stats, -100)
+    return 2 * 2 * sum(map(len, widths.values())) - 1
+
+
+def _launch_pathways(kernels, at) -> int:
+    """One map of each stage of a residual network: a program compiles for a second and more."""
+    for case in pathways_cases.TO_COMPILE:
+        at(case)
+        students, teachers, keep, grad = pathways_cases.make(case)
+        kernels.pathways(students, teachers, keep, case.distance, case.resize)
+        kernels.pathways_backward(grad, students, teachers, keep, case.distance, case.resize, True, False)
+    return len(pathways_cases.TO_COMPILE)
+
+
+# op: ({a module below kdfast.triton: its kernels}, and what calls the launchers of the first module for every case,
+# saying which by at(case); it returns what the number of kernels has to exceed).
+TRITON = {
+    "kd_kl": ({"kd_kl": ("forward_kernel", "backward_kernel")}, _launch_kd_kl),
+    "kd_kl_hvp": ({"kd_kl_hvp": ("hvp_kernel",)}, _launch_kd_kl_hvp),
+    "kd_kl_topk": ({"kd_kl_topk": ("forward_kernel", "backward_kernel")}, _launch_kd_kl_topk),
+    "incorrect_brier": ({"incorrect_brier": ("forward_kernel", "backward_kernel")}, _launch_incorrect_brier),
+    "pathways": (
+        {
+            "pathways": ("pixels_kernel",),
+            "_resize": ("gather_kernel",),
+            "pathways_attention": ("squares_kernel", "scale_kernel"),
+        },
+        _launch_pathways,
+    ),
+}
 
 
 class Driver:
@@ -127,7 +185,7 @@ def triton(op: str, architecture: int, folder: Path) -> list[Kernel]:
         raise UnavailableError("triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UnavailableError("TRITON_INTERPRET=1 leaves nothing to compile")
-    names, launch = TRITON[op]
+    modules, launch = TRITON[op]
     kernels = importlib.import_module(f"kdfast.triton.{op}")
     compiled, case = {}, []
 
@@ -139,9 +197,11 @@ def triton(op: str, architecture: int, folder: Path) -> list[Kernel]:
         return compile_only
 
     with _no_gpu(architecture, folder), contextlib.ExitStack() as undo:
-        for kernel in (getattr(kernels, name) for name in names):
-            undo.callback(setattr, kernel, "run", kernel.run)
-            kernel.run = catching(kernel, kernel.run)
+        for module, names in modules.items():
+            for name in names:
+                kernel = getattr(importlib.import_module(f"kdfast.triton.{module}"), name)
+                undo.callback(setattr, kernel, "run", kernel.run)
+                kernel.run = catching(kernel, kernel.run)
         least = launch(kernels, case.append)
     assert len(compiled) > least, f"{len(compiled)} kernels, expected more than {least}"
     return [_usage(name, cubin, folder) for name, cubin in compiled.values()]

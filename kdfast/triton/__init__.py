@@ -17,6 +17,9 @@ MODULES = {
     "kd_kl_topk_backward": "kdfast.triton.kd_kl_topk",
     "incorrect_brier": "kdfast.triton.incorrect_brier",
     "incorrect_brier_backward": "kdfast.triton.incorrect_brier",
+    "pathways": "kdfast.triton.pathways",
+    "pathways_backward": "kdfast.triton.pathways",
+    "pathways_value_and_grad": "kdfast.triton.pathways",
 }
 registered: set[str] = set()  # the ops Triton runs on CUDA tensors
 
