@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "../stable.h"
-#include "pages.h"
+#include "gradients.h"
 #include "vec.h"
 
 namespace kdfast::cpu {
@@ -252,12 +252,6 @@ void run(const Inputs& in, const Outputs& out) {
     default:
       STD_TORCH_CHECK(false, "incorrect_brier: logits must be fp64, fp32, bf16 or fp16");
   }
-}
-
-Tensor empty_gradient(const Tensor& logits) {
-  Tensor gradient = empty(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
-  want_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
-  return gradient;
 }
 
 std::tuple<Tensor, Tensor> incorrect_brier(Tensor logits, OptionalTensor labels, OptionalTensor target,

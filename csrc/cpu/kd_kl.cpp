@@ -18,7 +18,7 @@
 #include "../stable.h"
 #include "kd_kl_other_row.h"
 #include "kd_kl_row.h"
-#include "pages.h"
+#include "gradients.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -228,12 +228,6 @@ Tensor scaled_sum(const Tensor& losses, double coefficient) {
     sum(static_cast<const float*>(losses.data_ptr()), static_cast<float*>(result.data_ptr()));
   }
   return result;
-}
-
-Tensor empty_gradient(const Tensor& like) {
-  Tensor gradient = empty(like, {like.size(0), like.size(1)}, like.scalar_type());
-  want_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
-  return gradient;
 }
 
 std::tuple<Tensor, Tensor> kd_kl(

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../math/kd_kl_hvp.h"
-#include "pages.h"
+#include "gradients.h"
 #include "rows.h"
 
 namespace kdfast::cpu {

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../math/kd_kl_topk.h"
-#include "pages.h"
+#include "gradients.h"
 #include "rows.h"
 
 namespace kdfast::cpu {
@@ -189,8 +189,7 @@ Tensor kd_kl_topk_backward(Tensor grad, Tensor student, Tensor log_probs, Tensor
   const TopkInputs in{student, log_probs, indices, student_temperature, labels, weight, tau_s, ignore_index};
   check_contiguous(in);
   const int64_t n = student.size(0);
-  Tensor ds = empty(student, {n, student.size(1)}, student.scalar_type());
-  want_huge_pages(ds.data_ptr(), ds.numel() * ds.element_size());
+  Tensor ds = empty_gradient(student);
   with_types(student.scalar_type(), [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);

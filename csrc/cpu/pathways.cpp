@@ -15,7 +15,7 @@
 #include <numeric>
 
 #include "../stable.h"
-#include "pages.h"
+#include "gradients.h"
 #include "pathways_distances.h"
 
 namespace kdfast::cpu {
@@ -215,16 +215,6 @@ Map as_map(const Tensor& x) {
                     (height == 1 || x.stride(2) == channels * width) && (x.size(0) == 1 || x.stride(0) == channels * height * width);
   STD_TORCH_CHECK(planes || last || x.numel() == 0, "pathways: maps must be contiguous or channels_last");
   return {x.data_ptr(), channels, height, width, !planes};
-}
-
-// A new tensor lying as another does.
-Tensor empty_gradient(const Tensor& x) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, x.sizes().data(), x.strides().data(), static_cast<int32_t>(x.scalar_type()),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor gradient(handle);
-  want_huge_pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
-  return gradient;
 }
 
 struct Call {

@@ -1,0 +1,99 @@
+// Memory for large results, kept for the next one when a tensor is freed.
+//
+// A gradient is new memory at every step, and the operating system hands out new memory page by page, each cleared first:
+// 3 of 10 ms of kd_kl at 512 x 32000, half of it at 256 x 1000. malloc gives large blocks back at once; so they are kept
+// here, up to kMost bytes, oldest given back first, and the largest lie in huge pages. Below kLeast malloc keeps its own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "../stable.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace kdfast::cpu {
+
+// Outputs from here on stay in no cache.
+inline bool is_large(size_t bytes) { return bytes >= (size_t{32} << 20); }
+
+class KeptMemory {
+ public:
+  static constexpr size_t kLeast = size_t{256} << 10, kMost = size_t{512} << 20;
+
+  static KeptMemory& instance() {
+    static KeptMemory* const memory = new KeptMemory;  // never destroyed: tensors may be freed after everything else
+    return *memory;
+  }
+
+  void* take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t best = kept_.size();
+    for (size_t i = 0; i < kept_.size(); ++i) {  // at most a quarter more than asked for
+      const size_t capacity = kept_[i]->capacity;
+      if (capacity >= bytes && capacity <= bytes + bytes / 4 && (best == kept_.size() || capacity < kept_[best]->capacity)) best = i;
+    }
+    if (best == kept_.size()) return data(allocate(bytes));
+    Block* const block = kept_[best];
+    kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(best));
+    bytes_ -= block->capacity;
+    return data(block);
+  }
+
+  void give_back(void* pointer) {
+    Block* const block = reinterpret_cast<Block*>(static_cast<char*>(pointer) - kHeader);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (block->capacity > kMost) return std::free(block);
+    while (bytes_ + block->capacity > kMost) {
+      bytes_ -= kept_.front()->capacity;
+      std::free(kept_.front());
+      kept_.erase(kept_.begin());
+    }
+    bytes_ += block->capacity;
+    kept_.push_back(block);
+  }
+
+ private:
+  struct Block {
+    size_t capacity;
+  };
+  static constexpr size_t kHeader = 64, kHugePage = size_t{2} << 20;
+
+  static void* data(Block* block) { return reinterpret_cast<char*>(block) + kHeader; }
+
+  static Block* allocate(size_t bytes) {
+    const bool huge = bytes >= 2 * kHugePage;
+    const size_t unit = huge ? kHugePage : 4096, size = (bytes + kHeader + unit - 1) / unit * unit;
+    void* const memory = std::aligned_alloc(unit, size);
+    if (memory == nullptr) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (huge) (void)madvise(memory, size, MADV_HUGEPAGE);  // a wish: where it is refused everything works as before
+#endif
+    return new (memory) Block{size - kHeader};
+  }
+
+  std::mutex mutex_;
+  std::vector<Block*> kept_;  // oldest first
+  size_t bytes_ = 0;
+};
+
+// A new tensor of the shape, type and strides of another, whose elements lie without gaps.
+inline Tensor empty_gradient(const Tensor& like) {
+  const size_t bytes = static_cast<size_t>(like.numel()) * like.element_size();
+#if defined(__SANITIZE_ADDRESS__)
+  constexpr bool kKeep = false;  // so that nothing is written behind its end unseen
+#else
+  constexpr bool kKeep = true;
+#endif
+  if (!kKeep || bytes < KeptMemory::kLeast) return empty_like(like);
+  return torch::stable::from_blob(KeptMemory::instance().take(bytes), like.sizes(), like.strides(), like.device(), like.scalar_type(),
+                                  [](void* data) { KeptMemory::instance().give_back(data); });
+}
+
+}  // namespace kdfast::cpu
