@@ -91,7 +91,7 @@ inline Tensor empty_gradient(const Tensor& like) {
 #else
   constexpr bool kKeep = true;
 #endif
-  if (!kKeep || bytes < KeptMemory::kLeast) return empty_like(like);
+  if (!kKeep || bytes < KeptMemory::kLeast) return kdfast::empty_like(like);
   return torch::stable::from_blob(KeptMemory::instance().take(bytes), like.sizes(), like.strides(), like.device(), like.scalar_type(),
                                   [](void* data) { KeptMemory::instance().give_back(data); });
 }

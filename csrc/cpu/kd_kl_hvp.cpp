@@ -286,19 +286,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_kl_hvp(
     double /*target_weight*/, double softcap, double logit_scale, bool student_wanted, bool teacher_wanted) {
   STD_TORCH_CHECK(divergence <= 2 && softcap == 0 && logit_scale == 1, "kd_kl_hvp: forward_kl, reverse_kl or soft_ce");
   const ScalarType type = student.scalar_type(), sum_type = accumulate_type(type);
-  const int64_t n = student.size(0), classes = student.size(1);
-  const auto product = [&](bool wanted) {
-    Tensor h = wanted ? empty(student, {n, classes}, type) : empty(student, {0}, type);
-    want_huge_pages(h.data_ptr(), h.numel() * h.element_size());
-    return h;
-  };
+  const int64_t n = student.size(0);
+  const auto product = [&](bool wanted) { return wanted ? empty_gradient(student) : empty(student, {0}, type); };
   const auto column = [&](bool wanted) { return empty(student, {wanted ? n : 0}, sum_type); };
   const HvpCall call{student, teacher, student_temperature, teacher_temperature, labels, target, weight,
                      w_student, w_teacher, w_tau_s, w_tau_t, tau_s, tau_t, alpha, label_smoothing, ignore_index,
                      divergence, scale, product(student_wanted), product(teacher_wanted),
                      column(student_temperature.has_value()), column(teacher_temperature.has_value())};
   with_types(type, [&](auto t, auto a) {
-    over_rows(n, classes, [&](int64_t begin, int64_t end) { rows<decltype(t), decltype(a)>(call, begin, end); });
+    over_rows(n, student.size(1), [&](int64_t begin, int64_t end) { rows<decltype(t), decltype(a)>(call, begin, end); });
   });
   return {call.h_student, call.h_teacher, call.h_tau_s, call.h_tau_t};
 }
