@@ -27,7 +27,8 @@ def build(op: str, schemas: list[str], directory: Path) -> torch.library.Library
     binary = directory / f"{op}.so"
     torch_files = Path(torch.__file__).parent
     command = [
-        compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
         "-I", str(directory), "-I", str(ROOT / "tests" / "ops"), "-isystem", str(torch_files / "include"),
         "-x", "c++", str(directory / "csrc" / "cuda" / f"{op}.cu"), "-x", "none", "-o", str(binary),
         "-L", str(torch_files / "lib"), "-ltorch_cpu", "-lc10",
