@@ -121,7 +121,7 @@ def labels(labels: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor
             )
         if labels.requires_grad:
             raise ValueError("labels have no gradient here; pass labels.detach(), or learn them as teacher_logits.")
-        return None, labels
+        return None, labels.to(accumulate_dtype(logits.dtype))
     if labels.dtype == torch.bool or labels.is_complex():
         raise TypeError(f"labels must be integer class indices or floating point probabilities, got {labels.dtype}.")
     if labels.shape != logits.shape[:-1]:
