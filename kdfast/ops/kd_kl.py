@@ -11,7 +11,7 @@ Three dispatcher ops, each with CPU (C++), CUDA (C++ or Triton) and reference ke
 import torch
 from torch import Tensor
 
-from kdfast.ops._door import Form, eager_apply, form, in_forward_mode, in_transform
+from kdfast.ops._door import Form, eager_apply, form, grads_batched, in_forward_mode, in_transform
 from kdfast.ops.kd_kl_hvp import in_memory, is_last, kd_kl_hvp
 from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, kd_kl_gradient, kd_kl_stats
 from kdfast.reference.kd_kl import kd_kl as reference_kd_kl
@@ -192,11 +192,15 @@ class KdKlNow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         ds, ctx.student_grad = ctx.student_grad, None  # given away: a second backward makes its own
-        if ds is None or torch.is_grad_enabled():
+        if ds is None or torch.is_grad_enabled() or grads_batched(grad):
             return _backward(ctx, grad)
-        factor = grad.item() if grad.is_cpu else grad  # read on the CPU only: on a GPU it would wait
-        if factor is grad or factor != 1.0:
-            ds.mul_(factor)
+        if grad.is_cpu:
+            factor = grad.item()
+            if factor != 1.0:
+                ds.mul_(factor)
+        else:  # not read: that would wait for the device
+            factor = grad
+            torch.ops.kdfast.kd_kl_scale_(ds, grad)
         needs = ctx.needs_input_grad
         if not (needs[2] or needs[3]):
             return ds, None, None, None, None, None, None, None, None

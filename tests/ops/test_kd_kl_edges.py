@@ -148,3 +148,22 @@ def test_probabilities_of_another_type(logits, labels):
     target = torch.rand(3, 5, generator=generator, dtype=torch.float64).softmax(-1).to(labels)
     exact = kd_loss(student.double(), teacher.double(), target.double())
     torch.testing.assert_close(kd_loss(student, teacher, target).double(), exact, rtol=1e-6, atol=0)
+
+
+def test_many_cotangents_at_once():
+    """autograd.grad(is_grads_batched=True), whose vmap is not torch.func's."""
+    student, teacher = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    factors = torch.tensor([1.0, -2.0, 0.5])
+    (one,) = torch.autograd.grad(kd_loss(student, teacher), student)
+    (batch,) = torch.autograd.grad(kd_loss(student, teacher), student, factors, is_grads_batched=True)
+    torch.testing.assert_close(batch, factors[:, None, None] * one)
+
+
+def test_a_scaled_loss_scales_the_gradient_made_with_it():
+    """Loss scaling (AMP, gradient accumulation) comes after the gradient was made."""
+    student, teacher = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    (one,) = torch.autograd.grad(kd_loss(student, teacher), student)
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        s, t = student.detach().to(device).requires_grad_(), teacher.to(device)
+        (1024 * kd_loss(s, t, fuse_backward=True)).backward()
+        torch.testing.assert_close(s.grad.cpu(), 1024 * one, rtol=1e-5, atol=1e-6)
