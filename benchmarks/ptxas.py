@@ -55,6 +55,8 @@ def main() -> None:
     except compile_only.UnavailableError as reason:
         sys.exit(f"{reason}; it is needed to compile the kernels.")
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    if spilling := [k for k in record["kernels"] if k["spills"] or k["stack"]]:
+        sys.exit(f"{len(spilling)} kernels spill registers, such as {spilling[0]['name']}.")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,11 @@ def pytest_report_header():
     return None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="opt-in: -m slow"))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no NVIDIA GPU here")
         for item in items:

@@ -51,6 +51,7 @@ class LawfulOp:
     small: tuple[int, ...]  # for numerical differentiation
     raw: Callable[[], list[tuple[Any, tuple]]]  # (dispatcher op, arguments) for opcheck
     draw: st.SearchStrategy = field(default=None)  # (shape, variant) pairs for the random law
+    dtypes: list[torch.dtype] = field(default_factory=lambda: DTYPES)  # of the law of random cases
     # id -> ((tensors, kwargs) -> the same with extreme values or masked entries, their spread in a row)
     extremes: dict[str, tuple[Callable, float]] = field(default_factory=dict)
     # shapes that every one of the extremes can be made of
@@ -72,7 +73,9 @@ def gradients(function, tensors, kwargs, seed=1):
     value = function(*tensors, **kwargs)
     cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     used = [t for t in tensors if t.requires_grad]
-    grads = torch.autograd.grad(value, used, cotangent.to(value), allow_unused=True) if used else ()
+    grads = [None] * len(used)
+    if used and value.requires_grad:  # what learns may be left out of it
+        grads = torch.autograd.grad(value, used, cotangent.to(value), allow_unused=True)
     grads = [torch.zeros_like(t) if g is None else g for t, g in zip(used, grads, strict=True)]
     return value.detach().cpu(), [g.cpu() for g in grads]
 
@@ -140,7 +143,7 @@ class Case:
 @st.composite
 def random_cases(draw, op: LawfulOp):
     shape, variant = draw(op.draw)
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(op.dtypes))
     extreme = draw(st.none() | st.sampled_from(list(op.extremes))) if op.extremes else None
     if extreme is not None:
         shape = draw(op.extreme_shapes)

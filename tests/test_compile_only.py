@@ -18,14 +18,18 @@ def _compiled(compiler, what, architecture, folder) -> list[compile_only.Kernel]
     return kernels
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# All three take ten minutes of a core: the others with -m slow, and in benchmarks/ptxas.py, which records them.
+EACH = [a if a == 90 else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("architecture", EACH)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_cuda(source, architecture, tmp_path):
     kernels = _compiled(compile_only.cuda, source, architecture, tmp_path)
     assert [k for k in kernels if k.stack or k.spills] == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EACH)
 @pytest.mark.parametrize("op", list(TRITON))
 def test_triton(op, architecture, tmp_path):
     """The launchers themselves choose what is compiled, for every case the kernels are tested on."""

@@ -32,54 +32,52 @@ class KeptMemory {
     return *memory;
   }
 
-  void* take(size_t bytes) {
+  struct Block {
+    void* data;
+    size_t capacity;
+  };
+
+  Block take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     size_t best = kept_.size();
     for (size_t i = 0; i < kept_.size(); ++i) {  // at most a quarter more than asked for
-      const size_t capacity = kept_[i]->capacity;
-      if (capacity >= bytes && capacity <= bytes + bytes / 4 && (best == kept_.size() || capacity < kept_[best]->capacity)) best = i;
+      const size_t capacity = kept_[i].capacity;
+      if (capacity >= bytes && capacity <= bytes + bytes / 4 && (best == kept_.size() || capacity < kept_[best].capacity)) best = i;
     }
-    if (best == kept_.size()) return data(allocate(bytes));
-    Block* const block = kept_[best];
+    if (best == kept_.size()) return allocate(bytes);
+    const Block block = kept_[best];
     kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(best));
-    bytes_ -= block->capacity;
-    return data(block);
+    bytes_ -= block.capacity;
+    return block;
   }
 
-  void give_back(void* pointer) {
-    Block* const block = reinterpret_cast<Block*>(static_cast<char*>(pointer) - kHeader);
+  void give_back(Block block) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (block->capacity > kMost) return std::free(block);
-    while (bytes_ + block->capacity > kMost) {
-      bytes_ -= kept_.front()->capacity;
-      std::free(kept_.front());
+    if (block.capacity > kMost) return std::free(block.data);
+    while (bytes_ + block.capacity > kMost) {
+      bytes_ -= kept_.front().capacity;
+      std::free(kept_.front().data);
       kept_.erase(kept_.begin());
     }
-    bytes_ += block->capacity;
+    bytes_ += block.capacity;
     kept_.push_back(block);
   }
 
  private:
-  struct Block {
-    size_t capacity;
-  };
-  static constexpr size_t kHeader = 64, kHugePage = size_t{2} << 20;
-
-  static void* data(Block* block) { return reinterpret_cast<char*>(block) + kHeader; }
-
-  static Block* allocate(size_t bytes) {
+  static Block allocate(size_t bytes) {
+    constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
     const bool huge = bytes >= 2 * kHugePage;
-    const size_t unit = huge ? kHugePage : 4096, size = (bytes + kHeader + unit - 1) / unit * unit;
-    void* const memory = std::aligned_alloc(unit, size);
-    if (memory == nullptr) throw std::bad_alloc();
+    const size_t capacity = (bytes + kPage - 1) / kPage * kPage;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, huge ? kHugePage : kPage, capacity) != 0) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (huge) (void)madvise(memory, size, MADV_HUGEPAGE);  // a wish: where it is refused everything works as before
+    if (huge) (void)madvise(memory, capacity, MADV_HUGEPAGE);  // a wish: where it is refused everything works as before
 #endif
-    return new (memory) Block{size - kHeader};
+    return {memory, capacity};
   }
 
   std::mutex mutex_;
-  std::vector<Block*> kept_;  // oldest first
+  std::vector<Block> kept_;  // oldest first
   size_t bytes_ = 0;
 };
 
@@ -92,8 +90,9 @@ inline Tensor empty_gradient(const Tensor& like) {
   constexpr bool kKeep = true;
 #endif
   if (!kKeep || bytes < KeptMemory::kLeast) return kdfast::empty_like(like);
-  return torch::stable::from_blob(KeptMemory::instance().take(bytes), like.sizes(), like.strides(), like.device(), like.scalar_type(),
-                                  [](void* data) { KeptMemory::instance().give_back(data); });
+  const KeptMemory::Block block = KeptMemory::instance().take(bytes);
+  return torch::stable::from_blob(block.data, like.sizes(), like.strides(), like.device(), like.scalar_type(),
+                                  [block](void*) { KeptMemory::instance().give_back(block); });
 }
 
 }  // namespace kdfast::cpu

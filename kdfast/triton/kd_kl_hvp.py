@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.reference.kd_kl import Options, accumulate_dtype
-from kdfast.triton.kd_kl import INF, LN2, LOG2E, SOFT_CE, _column, _constant, _device, _from_to, _rows, _stride
+from kdfast.triton.kd_kl import _device, _stride
+from kdfast.triton.kd_kl_rows import INF, LN2, LOG2E, SOFT_CE, constant, from_to, per_row, row_labels
 
 SCALE_TAU2, SCALE_PRODUCT = tl.constexpr(0), tl.constexpr(1)
 
@@ -78,16 +79,16 @@ def hvp_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     base = row * classes
-    counts, coefficient, _label = _rows(
+    counts, coefficient, _label = row_labels(
         labels, labels_stride, weight, weight_stride, row, exists, classes, ignore_index, ACC
     )
-    ts = _column(temperature_s, temperature_s_stride, row, exists, tau_s, ACC)
-    tt = _column(temperature_t, temperature_t_stride, row, exists, tau_t, ACC)
-    w_ts = _column(w_temperature_s, w_temperature_s_stride, row, exists, 0.0, ACC)
-    w_tt = _column(w_temperature_t, w_temperature_t_stride, row, exists, 0.0, ACC)
-    tau_from, tau_to = _from_to(ts, tt, DIVERGENCE)
-    w_tau_from, w_tau_to = _from_to(w_ts, w_tt, DIVERGENCE)
-    from_logits, to_logits = _from_to(student, teacher, DIVERGENCE)
+    ts = per_row(temperature_s, temperature_s_stride, row, exists, tau_s, ACC)
+    tt = per_row(temperature_t, temperature_t_stride, row, exists, tau_t, ACC)
+    w_ts = per_row(w_temperature_s, w_temperature_s_stride, row, exists, 0.0, ACC)
+    w_tt = per_row(w_temperature_t, w_temperature_t_stride, row, exists, 0.0, ACC)
+    tau_from, tau_to = from_to(ts, tt, DIVERGENCE)
+    w_tau_from, w_tau_to = from_to(w_ts, w_tt, DIVERGENCE)
+    from_logits, to_logits = from_to(student, teacher, DIVERGENCE)
     k = 0.0 if DIVERGENCE == SOFT_CE else 1.0
 
     nothing = tl.zeros([ROWS], ACC)
@@ -101,7 +102,7 @@ def hvp_kernel(
         max_from, z_from = _normaliser(max_from, z_from, x, 1.0 / tau_from * LOG2E)
         max_to, z_to = _normaliser(max_to, z_to, y, 1.0 / tau_to * LOG2E)
         if HARD:
-            s, _t = _from_to(x, y, DIVERGENCE)
+            s, _t = from_to(x, y, DIVERGENCE)
             max_one, z_one = _normaliser(max_one, z_one, s, nothing + LOG2E)
             if target is not None:
                 mass += tl.sum(_load(target, base, column, mask, 0.0, ACC), 1)
@@ -114,7 +115,7 @@ def hvp_kernel(
         mask = counts[:, None] & (column < classes)[None, :]
         w_s = _load(w_student, base, column, mask, 0.0, ACC)
         if SOFT:
-            w_from, w_to = _from_to(w_s, _load(w_teacher, base, column, mask, 0.0, ACC), DIVERGENCE)
+            w_from, w_to = from_to(w_s, _load(w_teacher, base, column, mask, 0.0, ACC), DIVERGENCE)
             log_p = _log_softmax(_load(from_logits, base, column, mask, -INF, ACC), max_from, tau_from, log_z_from)
             log_q = _log_softmax(_load(to_logits, base, column, mask, -INF, ACC), max_to, tau_to, log_z_to)
             p, q = tl.exp2(log_p * LOG2E), tl.exp2(log_q * LOG2E)
@@ -133,7 +134,7 @@ def hvp_kernel(
             one_dot += tl.sum(tl.exp2((s - max_one[:, None]) * LOG2E) * w_s, 1)
 
     c, c_s, c_t, c_dot, c_s_dot, c_t_dot = _scale(ts, tt, w_ts, w_tt, SCALE)
-    factor = coefficient * _constant(1.0 - alpha, row, ACC)
+    factor = coefficient * constant(1.0 - alpha, row, ACC)
     from_gradient = factor * (c_dot - c * w_tau_from / tau_from) / tau_from
     to_gradient = factor * (c_dot - c * w_tau_to / tau_to) / tau_to
     from_change, to_change = factor * c / tau_from, factor * c / tau_to
@@ -142,8 +143,8 @@ def hvp_kernel(
         if target is None:
             mass = nothing + 1.0
         else:
-            mass = _constant(1.0 - smoothing, row, ACC) * mass + _constant(smoothing, row, ACC)
-        of_hard = coefficient * _constant(alpha, row, ACC) * mass / z_one
+            mass = constant(1.0 - smoothing, row, ACC) * mass + constant(smoothing, row, ACC)
+        of_hard = coefficient * constant(alpha, row, ACC) * mass / z_one
         mean_one = one_dot / z_one
 
     inner_from, inner_to = nothing, nothing
@@ -154,7 +155,7 @@ def hvp_kernel(
         w_s = _load(w_student, base, column, mask, 0.0, ACC)
         into_s, into_t = tl.zeros([ROWS, COLS], ACC), tl.zeros([ROWS, COLS], ACC)
         if SOFT:
-            w_from, w_to = _from_to(w_s, _load(w_teacher, base, column, mask, 0.0, ACC), DIVERGENCE)
+            w_from, w_to = from_to(w_s, _load(w_teacher, base, column, mask, 0.0, ACC), DIVERGENCE)
             log_p = _log_softmax(_load(from_logits, base, column, mask, -INF, ACC), max_from, tau_from, log_z_from)
             log_q = _log_softmax(_load(to_logits, base, column, mask, -INF, ACC), max_to, tau_to, log_z_to)
             p, q = tl.exp2(log_p * LOG2E), tl.exp2(log_q * LOG2E)
@@ -173,7 +174,7 @@ def hvp_kernel(
                 to_term = to_gradient[:, None] * a * v + to_change[:, None] * (a_dot * v + a * dot_to)
                 inner_from += tl.sum(tl.where(mask, from_term, 0.0), 1)
                 inner_to += tl.sum(tl.where(mask, to_term, 0.0), 1)
-            into_s, into_t = _from_to(into_from, into_to, DIVERGENCE)
+            into_s, into_t = from_to(into_from, into_to, DIVERGENCE)
         if HARD:
             s = _load(student, base, column, mask, -INF, ACC)
             into_s += of_hard[:, None] * tl.exp2((s - max_one[:, None]) * LOG2E) * (w_s - mean_one[:, None])
@@ -186,7 +187,7 @@ def hvp_kernel(
             into_t = tl.where(mask, into_t, 0.0)
             tl.store(h_teacher + at, into_t.to(h_teacher.dtype.element_ty), mask=inside)
 
-    inner_s, inner_t = _from_to(inner_from, inner_to, DIVERGENCE)
+    inner_s, inner_t = from_to(inner_from, inner_to, DIVERGENCE)
     if h_tau_s is not None:
         value = factor * (c_s_dot * divergence + c_s * d_dot) - inner_s
         tl.store(h_tau_s + row, tl.where(counts, value, 0.0), mask=exists)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kdfast.reference.kd_kl import accumulate_dtype
 from kdfast.reference.kd_kl_topk import STATS
-from kdfast.triton.kd_kl import INF, LN2, LOG2E, _device, _stride
+from kdfast.triton.kd_kl import _device, _stride
+from kdfast.triton.kd_kl_rows import INF, LN2, LOG2E
 
 
 @triton.jit
