@@ -90,7 +90,3 @@ def table(reporter, op: str, groups: dict) -> None:
         "% copy: bytes of the op over its time, against a measured copy's speed; x floor: its time over a bare"
     )
     reporter.write_line("pass over the same data: an exponential of each logit, for pathways a copy.")
-    peaks = {key[1]: group["kdfast"][1].get("peak_extra_over_gradients") for key, group in groups.items()}
-    if any(peaks.values()):
-        worst = max(peaks, key=lambda case: peaks[case] or 0)
-        reporter.write_line(f"peak extra memory over that of the gradients: at most {peaks[worst]:.2f} ({worst})")

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.interleave import enter, measure
-from benchmarks.peak import peak_extra_bytes
 from benchmarks.roofline import _median_seconds, copy_bandwidth
 from kdfast import pathway_loss
 
@@ -98,9 +97,6 @@ def test_pathways(benchmark, device, case, implementation):
     rounds = measure((device, case), runs, seconds=4.0, sync=device == "cuda")
     gradients = sum(s.numel() * s.element_size() for s in students)
     bytes_moved = 2 * gradients + sum(t.numel() * t.element_size() for t in distinct)
-    for s in students:
-        s.grad = None
-    peak = peak_extra_bytes(runs[implementation]) if device == "cpu" else None
     outputs = [torch.empty_like(s) for s in students]
     copy = _median_seconds(lambda: [out.copy_(s.detach()) for out, s in zip(outputs, students, strict=True)])
     median = statistics.median(rounds[implementation])
@@ -108,5 +104,4 @@ def test_pathways(benchmark, device, case, implementation):
         benchmark, rounds[implementation], op="pathways", case=case, impl=implementation, dtype=str(dtype)[6:],
         device=device, threads=torch.get_num_threads(), bytes=bytes_moved,
         percent_of_copy=100 * bytes_moved / copy_bandwidth(device) / median, times_exp_pass=median / copy,
-        peak_extra_over_gradients=None if peak is None else peak / gradients,
     )  # fmt: skip
