@@ -156,7 +156,7 @@ def check_case(op: LawfulOp, case: Case) -> bool:
     """Values and gradients against fp64 truth of the very same numbers. Returns whether the rule alone held.
 
     The rule: no entry is off by more than 1e-9 (fp64 arithmetic) or 32 ulp (fp32) of the largest entry; entries stored
-    in 16 bits by one ulp of their own more, as rounding may fall to the other side. Where a sum cancels deeper in this
+    in 16 bits by two ulp of their own more: a gradient made in the forward sweep is rounded again when it is scaled. Where a sum cancels deeper in this
     draw, twice PyTorch's error is right too, in the arithmetic type and not the storage type; and so is a rounding of
     the terms, as autograd on its other way may meet an exact zero: terms of the spread in a row (1 where it is not
     extreme), and in the sums over a row (what has fewer dimensions than the first tensor: values, gradients of
@@ -194,7 +194,7 @@ def largest(x: Tensor, truth: Tensor, part: float) -> float:
     truth = truth.to(x.dtype).double()  # infinite where the storage type ends
     off = torch.where(x == truth, 0, (x - truth).abs())  # infinities of one sign are equal
     if limits.bits < 32:
-        off = (off - limits.eps * truth.abs().clamp(min=limits.smallest_normal)).clamp(min=0)
+        off = (off - 2 * limits.eps * truth.abs().clamp(min=limits.smallest_normal)).clamp(min=0)
     finite = truth[truth.isfinite()].abs()
     allowed = part * finite.max() if finite.numel() else 0.0
     return 0.0 if (off <= allowed).all() else off.nan_to_num(torch.inf, torch.inf).max().item()

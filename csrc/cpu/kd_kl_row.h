@@ -41,15 +41,16 @@ struct Row {
 // exponential.
 enum Hard { kNoHard, kSquares, kOwnExp };
 
-// Logits in units of log 2, measured from the row's shift: y = (x - shift) / tau * log2(e).
+// Logits in units of log 2, measured from the row's shift: y = (x - shift) / tau * log2(e). The difference first: far
+// from zero a product of the shift would round by more than the whole distance is to be known.
 template <class A>
 struct Unit {
-  A k, offset;
-  Unit(double inverse_tau, A shift) : k(static_cast<A>(inverse_tau * kLog2e)), offset(-shift * k) {}
+  A k, shift;
+  Unit(double inverse_tau, A shift) : k(static_cast<A>(inverse_tau * kLog2e)), shift(shift) {}
 };
 template <class A>
 KDFAST_INLINE Lanes<A> in_units(Lanes<A> x, const Unit<A>& unit) {
-  return x * unit.k + unit.offset;
+  return (x - unit.shift) * unit.k;
 }
 
 // What the sweeps of one row share.

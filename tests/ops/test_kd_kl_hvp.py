@@ -103,7 +103,7 @@ class TestKdKlHvp(Laws):
         },
         shapes={"padded": (5, 10), "in place": (3, 300)},
         small=(2, 3),
-        dtypes=[torch.float64, torch.float32],  # a product is rounded to storage, a loss is not
+        dtypes=[torch.float64],  # third derivatives are composed; fp32 and 16 bits are test_kernel's
         raw=raw,
         draw=st.tuples(
             st.tuples(st.integers(0, 5), st.integers(1, 40)),
