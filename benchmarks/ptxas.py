@@ -31,12 +31,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def kernels() -> list[dict]:
+def kernels(architectures: list[int]) -> list[dict]:
     rows = []
     jobs = [(compile_only.cuda, source, source.name) for source in SOURCES]
     jobs += [(compile_only.triton, op, f"triton {op}") for op in TRITON]
     for compiler, what, title in jobs:
-        for architecture in ARCHITECTURES:
+        for architecture in architectures:
             with tempfile.TemporaryDirectory() as folder:
                 found = compiler(what, architecture, Path(folder))
             rows += [{"source": title, "architecture": f"sm_{architecture}", **asdict(kernel)} for kernel in found]
@@ -49,9 +49,14 @@ def kernels() -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.ptxas", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--architecture", type=int, action="append", choices=ARCHITECTURES, help="all by default")
     arguments = parser.parse_args()
     try:
-        record = {"commit": commit(), "versions": versions(), "kernels": kernels()}
+        record = {
+            "commit": commit(),
+            "versions": versions(),
+            "kernels": kernels(arguments.architecture or ARCHITECTURES),
+        }
     except compile_only.UnavailableError as reason:
         sys.exit(f"{reason}; it is needed to compile the kernels.")
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
