@@ -151,6 +151,8 @@ class TestKdKlTopk(Laws):
         },
         shapes={"padded": (5, 10), "in place": (3, 300), "blocks": (2, 2500)},
         small=(4, 5),
+        # with labels autograd adds two gradients, each rounded to storage: a third rounding, which that law has not
+        dtypes=[torch.float64, torch.float32],
         raw=raw,
         draw=st.tuples(shape_strategy, variant_strategy),
         extremes={
