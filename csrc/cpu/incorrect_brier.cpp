@@ -11,12 +11,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 
 #include "../stable.h"
 #include "gradients.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace kdfast::cpu {
@@ -150,14 +150,6 @@ KDFAST_CLONES void row_gradient(const BrierRow<float>& row, const float* stats, 
 void row_gradient(const BrierRow<double>& row, const double* stats, double coefficient, bool ready) {
   gradient(row, stats, coefficient, ready);
 }
-#define KDFAST_CONVERT(T, A)                                                                                       \
-  KDFAST_CLONES void load(const T* from, A* to, int64_t n, int64_t padded) { load_row(from, to, n, padded); }      \
-  KDFAST_CLONES void store(const A* from, T* to, int64_t n) { store_row(from, to, n); }
-KDFAST_CONVERT(float, float)
-KDFAST_CONVERT(double, double)
-KDFAST_CONVERT(BFloat16Bits, float)
-KDFAST_CONVERT(HalfBits, float)
-#undef KDFAST_CONVERT
 
 struct Inputs {
   Tensor logits;                  // [rows, classes]
@@ -180,9 +172,8 @@ T* data_of(const Tensor* x) {
 // T is the storage type of the logits, A the type of the arithmetic and of every other floating point tensor.
 template <class T, class A>
 void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
-  constexpr int64_t kWide = 256;  // from here on a ragged last vector costs less than a copy into padded memory
-  const int64_t n = in.logits.size(1), padded = (n + kLanes - 1) / kLanes * kLanes;
-  const bool direct = std::is_same_v<T, A> && (n == padded || n >= kWide);
+  const int64_t n = in.logits.size(1), padded = padded_to_lanes(n);
+  const bool direct = in_place<T, A>(n);
   static thread_local std::vector<A> memory;  // kept between calls, so that no call faults pages in
   if (static_cast<int64_t>(memory.size()) < 3 * padded) memory.resize(3 * padded);
   A *const e = memory.data(), *const z = e + padded, *const y = e + 2 * padded;
@@ -230,28 +221,15 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   }
 }
 
-// Rows over threads, at least 32k elements each: below that waking a thread costs more than it saves.
 void run(const Inputs& in, const Outputs& out) {
-  const int64_t n = in.logits.size(0), grain = std::max<int64_t>(1, 32768 / in.logits.size(1));
-  const auto over_rows = [&](const auto& some_rows) {
-    n <= grain ? some_rows(int64_t{0}, n) : torch::stable::parallel_for(0, n, grain, some_rows);
-  };
   STD_TORCH_CHECK(in.labels.has_value() != in.target.has_value(), "incorrect_brier: needs labels or a target");
   STD_TORCH_CHECK(in.logits.is_contiguous() && (in.labels.has_value() ? in.labels : in.target)->is_contiguous() &&
                       (out.grad == nullptr || out.grad->is_contiguous()),
                   "incorrect_brier: logits, labels, target and grad must be contiguous");
-  switch (in.logits.scalar_type()) {
-    case ScalarType::Float:
-      return over_rows([&](int64_t begin, int64_t end) { rows<float, float>(in, out, begin, end); });
-    case ScalarType::Double:
-      return over_rows([&](int64_t begin, int64_t end) { rows<double, double>(in, out, begin, end); });
-    case ScalarType::BFloat16:
-      return over_rows([&](int64_t begin, int64_t end) { rows<BFloat16Bits, float>(in, out, begin, end); });
-    case ScalarType::Half:
-      return over_rows([&](int64_t begin, int64_t end) { rows<HalfBits, float>(in, out, begin, end); });
-    default:
-      STD_TORCH_CHECK(false, "incorrect_brier: logits must be fp64, fp32, bf16 or fp16");
-  }
+  with_types(in.logits.scalar_type(), [&](auto t, auto a) {
+    over_rows(in.logits.size(0), in.logits.size(1),
+              [&](int64_t begin, int64_t end) { rows<decltype(t), decltype(a)>(in, out, begin, end); });
+  });
 }
 
 std::tuple<Tensor, Tensor> incorrect_brier(Tensor logits, OptionalTensor labels, OptionalTensor target,
@@ -269,21 +247,12 @@ Tensor incorrect_brier_backward(Tensor grad, Tensor logits, OptionalTensor label
   return gradient;
 }
 
-// The losses are added in a fixed order, whatever the number of threads.
 std::tuple<Tensor, Tensor> incorrect_brier_value_and_grad(Tensor logits, OptionalTensor labels, OptionalTensor target,
                                                           int64_t ignore_index, double coefficient) {
   const ScalarType type = accumulate_type(logits.scalar_type());
-  Tensor loss = empty(logits, {logits.size(0)}, type), total = empty(logits, {}, type), gradient = empty_gradient(logits);
+  Tensor loss = empty(logits, {logits.size(0)}, type), gradient = empty_gradient(logits);
   run({logits, labels, target, ignore_index}, {.loss = &loss, .gradient = &gradient, .coefficient = coefficient});
-  const auto sum = [&]<class A>(const A* losses, A* out) {
-    *out = static_cast<A>(coefficient * std::accumulate(losses, losses + loss.numel(), 0.0));
-  };
-  if (type == ScalarType::Double) {
-    sum(static_cast<const double*>(loss.data_ptr()), static_cast<double*>(total.data_ptr()));
-  } else {
-    sum(static_cast<const float*>(loss.data_ptr()), static_cast<float*>(total.data_ptr()));
-  }
-  return {total, gradient};
+  return {scaled_sum(loss, coefficient), gradient};
 }
 
 }  // namespace

@@ -4,21 +4,21 @@
 //   D = sum p (k log p - log q)  (k = 1 for a KL, 0 for soft_ce; reverse_kl changes the roles)
 //   ds = w [ (1 - alpha) scale (q - p) / tau_s + alpha (softmax(s) - target) ]
 //
-// Fused: two softmaxes, the divergence, the hard-label cross-entropy and the gradient. A row is swept three
-// times, but only the first sweep reads memory: maxima; one exponential a softmax, kept in a row of scratch;
-// the gradient. The softmax the hard labels see is the student's raised to tau_s where tau_s is 1, 2, 4 or 8.
+// Fused: two softmaxes, the divergence, the hard-label cross-entropy and the gradient. A row is swept twice, but
+// only the first sweep reads memory: one exponential a softmax, kept in a row of scratch; the gradient. The softmax
+// the hard labels see is the student's raised to tau_s where tau_s is 1, 2, 4 or 8.
 // Memory: 3 passes over [rows, classes] (read s, t; write ds): 12 bytes an element in fp32, 6 in bf16.
 // Source: Hinton, Vinyals, Dean 2015, eq. 1-4; docs/math/kd_kl.md.
 #include <algorithm>
 #include <limits>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 
 #include "../stable.h"
+#include "gradients.h"
 #include "kd_kl_other_row.h"
 #include "kd_kl_row.h"
-#include "gradients.h"
+#include "rows.h"
 
 namespace kdfast::cpu {
 namespace {
@@ -62,14 +62,6 @@ void compute_other(const Row<double, double>& row, const Options& o, double* los
 KDFAST_CAP(float)
 KDFAST_CAP(double)
 #undef KDFAST_CAP
-#define KDFAST_CONVERT(T, A)                                                                                       \
-  KDFAST_CLONES void load(const T* from, A* to, int64_t n, int64_t padded) { load_row(from, to, n, padded); }      \
-  KDFAST_CLONES void store(const A* from, T* to, int64_t n) { store_row(from, to, n); }
-KDFAST_CONVERT(float, float)
-KDFAST_CONVERT(double, double)
-KDFAST_CONVERT(BFloat16Bits, float)
-KDFAST_CONVERT(HalfBits, float)
-#undef KDFAST_CONVERT
 
 struct Inputs {
   Tensor student, teacher;                                      // [rows, classes]
@@ -85,17 +77,6 @@ struct Outputs {
   const Tensor* grad = nullptr;  // [rows] factors of the gradients; absent: coefficient for every row
   double coefficient = 1.0;
   bool temperature_grad = false;
-};
-
-// One value for all rows, or one a row.
-template <class A>
-struct PerRow {
-  const A* values;
-  int64_t stride;
-  double otherwise;
-  PerRow(const OptionalTensor& x, double otherwise)
-      : values(data_or_null<A>(x)), stride(x.has_value() && x->numel() > 1), otherwise(otherwise) {}
-  double operator[](int64_t row) const { return values == nullptr ? otherwise : values[row * stride]; }
 };
 
 using kdfast::data_or_null;
@@ -124,7 +105,7 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   const T *student = static_cast<const T*>(in.student.data_ptr()), *teacher = static_cast<const T*>(in.teacher.data_ptr());
   const int64_t* labels = data_or_null<int64_t>(in.labels);
   const A *target = data_or_null<A>(in.target), *grad = out.grad == nullptr ? nullptr : static_cast<const A*>(out.grad->data_ptr());
-  const PerRow<A> tau_s(in.student_temperature, in.tau_s), tau_t(in.teacher_temperature, in.tau_t), weight(in.weight, 1.0);
+  const ValueOfRow<A> tau_s(in.student_temperature, in.tau_s), tau_t(in.teacher_temperature, in.tau_t), weight(in.weight, 1.0);
   A *const loss = data_or_null<A>(out.loss), *const stats = data_or_null<A>(out.stats);
   T *const student_grad = data_or_null<T>(out.student_grad), *const teacher_grad = data_or_null<T>(out.teacher_grad);
   const Options o{in.tau_s, in.tau_t, in.alpha, in.label_smoothing, in.ignore_index,
@@ -185,49 +166,22 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   if (stream) stream_end();
 }
 
-// Rows over threads, at least 32k elements each: below that waking a thread costs more than it saves.
 void run(const Inputs& in, const Outputs& out) {
-  const int64_t n = in.student.size(0), grain = std::max<int64_t>(1, 32768 / in.student.size(1));
-  const auto over_rows = [&](const auto& some_rows) {
-    n <= grain ? some_rows(int64_t{0}, n) : torch::stable::parallel_for(0, n, grain, some_rows);
-  };
   STD_TORCH_CHECK(in.alpha == 0 || in.labels.has_value() || in.target.has_value(), "kd_kl: alpha > 0 needs labels");
   STD_TORCH_CHECK(in.divergence != kDKD || in.labels.has_value(), "kd_kl: dkd needs class indices");
   const bool contiguous = in.student.is_contiguous() && in.teacher.is_contiguous() &&
                           (!in.target.has_value() || in.target->is_contiguous()) &&
                           (out.grad == nullptr || out.grad->is_contiguous());
   STD_TORCH_CHECK(contiguous, "kd_kl: student, teacher, target and grad must be contiguous");
-  switch (in.student.scalar_type()) {
-    case ScalarType::Float:
-      return over_rows([&](int64_t begin, int64_t end) { rows<float, float>(in, out, begin, end); });
-    case ScalarType::Double:
-      return over_rows([&](int64_t begin, int64_t end) { rows<double, double>(in, out, begin, end); });
-    case ScalarType::BFloat16:
-      return over_rows([&](int64_t begin, int64_t end) { rows<BFloat16Bits, float>(in, out, begin, end); });
-    case ScalarType::Half:
-      return over_rows([&](int64_t begin, int64_t end) { rows<HalfBits, float>(in, out, begin, end); });
-    default:
-      STD_TORCH_CHECK(false, "kd_kl: logits must be fp64, fp32, bf16 or fp16");
-  }
+  with_types(in.student.scalar_type(), [&](auto t, auto a) {
+    over_rows(in.student.size(0), in.student.size(1),
+              [&](int64_t begin, int64_t end) { rows<decltype(t), decltype(a)>(in, out, begin, end); });
+  });
 }
 
 std::tuple<Tensor, Tensor> empty_loss_and_stats(const Tensor& student) {
   const ScalarType type = accumulate_type(student.scalar_type());
   return {empty(student, {student.size(0)}, type), empty(student, {student.size(0), kStats}, type)};
-}
-
-// In a fixed order, whatever the number of threads.
-Tensor scaled_sum(const Tensor& losses, double coefficient) {
-  Tensor result = empty(losses, {}, losses.scalar_type());
-  const auto sum = [&]<class A>(const A* values, A* out) {
-    *out = static_cast<A>(coefficient * std::accumulate(values, values + losses.numel(), 0.0));
-  };
-  if (losses.scalar_type() == ScalarType::Double) {
-    sum(static_cast<const double*>(losses.data_ptr()), static_cast<double*>(result.data_ptr()));
-  } else {
-    sum(static_cast<const float*>(losses.data_ptr()), static_cast<float*>(result.data_ptr()));
-  }
-  return result;
 }
 
 std::tuple<Tensor, Tensor> kd_kl(

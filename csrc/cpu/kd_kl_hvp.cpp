@@ -190,14 +190,6 @@ KDFAST_INLINE void hvp_row(const HvpRow<A>& row, A* h_tau_from, A* h_tau_to) {
 // What is compiled once for each kind of vector unit.
 KDFAST_CLONES void compute(const HvpRow<float>& row, float* by_from, float* by_to) { hvp_row(row, by_from, by_to); }
 void compute(const HvpRow<double>& row, double* by_from, double* by_to) { hvp_row(row, by_from, by_to); }
-#define KDFAST_CONVERT(T, A)                                                                                  \
-  KDFAST_CLONES void load(const T* from, A* to, int64_t n, int64_t padded) { load_row(from, to, n, padded); } \
-  KDFAST_CLONES void store(const A* from, T* to, int64_t n) { store_row(from, to, n); }
-KDFAST_CONVERT(float, float)
-KDFAST_CONVERT(double, double)
-KDFAST_CONVERT(BFloat16Bits, float)
-KDFAST_CONVERT(HalfBits, float)
-#undef KDFAST_CONVERT
 
 struct HvpCall {
   Tensor student, teacher;                                  // [rows, classes]

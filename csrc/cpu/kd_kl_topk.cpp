@@ -53,7 +53,6 @@ KDFAST_INLINE void tail_gradient(const T* s, T* ds, int64_t n, A base, double in
 }
 
 #define KDFAST_TOPK(T, A)                                                                                     \
-  KDFAST_CLONES void load(const T* from, A* to, int64_t n, int64_t padded) { load_row(from, to, n, padded); } \
   KDFAST_CLONES void gradient(const T* s, T* ds, int64_t n, A base, double inverse_tau, A g) {                \
     tail_gradient(s, ds, n, base, inverse_tau, g);                                                            \
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "../stable.h"
@@ -33,6 +34,18 @@ bool in_place(int64_t n) {
 }
 inline int64_t padded_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+// A row into padded memory of the arithmetic type, and back. Each file has its own, as clones cannot be shared.
+#define KDFAST_CONVERT(T, A)                                                                              \
+  [[maybe_unused]] KDFAST_CLONES static void load(const T* from, A* to, int64_t n, int64_t padded) {       \
+    load_row(from, to, n, padded);                                                                         \
+  }                                                                                                        \
+  [[maybe_unused]] KDFAST_CLONES static void store(const A* from, T* to, int64_t n) { store_row(from, to, n); }
+KDFAST_CONVERT(float, float)
+KDFAST_CONVERT(double, double)
+KDFAST_CONVERT(BFloat16Bits, float)
+KDFAST_CONVERT(HalfBits, float)
+#undef KDFAST_CONVERT
+
 // f(T{}, A{}): the storage type of the logits, and that of the arithmetic.
 template <class F>
 void with_types(ScalarType type, const F& f) {
@@ -50,6 +63,20 @@ template <class F>
 void over_rows(int64_t rows, int64_t columns, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
   rows <= grain ? f(int64_t{0}, rows) : torch::stable::parallel_for(0, rows, grain, f);
+}
+
+// coefficient * sum of the losses [rows], in a fixed order, whatever the number of threads.
+inline Tensor scaled_sum(const Tensor& losses, double coefficient) {
+  Tensor result = empty(losses, {}, losses.scalar_type());
+  const auto sum = [&]<class A>(const A* values, A* out) {
+    *out = static_cast<A>(coefficient * std::accumulate(values, values + losses.numel(), 0.0));
+  };
+  if (losses.scalar_type() == ScalarType::Double) {
+    sum(static_cast<const double*>(losses.data_ptr()), static_cast<double*>(result.data_ptr()));
+  } else {
+    sum(static_cast<const float*>(losses.data_ptr()), static_cast<float*>(result.data_ptr()));
+  }
+  return result;
 }
 
 }  // namespace kdfast::cpu
