@@ -69,6 +69,15 @@ class Distiller(nn.Module):
         meta = {id(p) for p in self.meta_parameters()}
         return (p for p in self.parameters() if id(p) not in meta)
 
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Told by a trainer before each epoch, from 0, of `epochs` in all; for methods whose loss changes with time."""
+
+    def start_step(self, step: int) -> None:
+        """Told by a trainer before each step, counted from 0 over the whole training."""
+
+    def end_epoch(self, validation_loss: float | None) -> None:
+        """Told by a trainer after each epoch; the mean task loss of held-out data where it has any, else None."""
+
     def export(self) -> nn.Module:
         """The bare student: no head, no transforms, no teacher."""
         return self.student
