@@ -75,4 +75,4 @@ gpu:
 	$(PYTHON) -m pytest benchmarks --benchmark-only -k cuda --benchmark-json=$(OUT)/benchmark.json
 
 clean:
-	rm -rf build dist *.egg-info kdfast/_C.*.so kdfast/_build_failure.txt
+	rm -rf build dist *.egg-info kdfast/_C*.so kdfast/_build_failure.txt

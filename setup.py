@@ -27,7 +27,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = ROOT / "kdfast" if self.inplace else Path(self.build_lib).resolve() / "kdfast"
         target.mkdir(parents=True, exist_ok=True)
-        for stale in (*target.glob("_C.*.so"), target / "_build_failure.txt"):
+        for stale in (*target.glob("_C*.so"), target / "_build_failure.txt"):
             stale.unlink(missing_ok=True)
         failure = self.cmake(target)
         if failure is None:

@@ -29,6 +29,7 @@ pybind11::dict build_info() {
   info["vector_unit"] = vector_unit();
   info["cuda_architectures"] = KDFAST_WITH_CUDA;
   info["sanitizers"] = KDFAST_SANITIZED;
+  info["torch"] = KDFAST_TORCH;  // the only one beside which _C_autograd may be loaded
   return info;
 }
 
@@ -36,5 +37,5 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "kdfast's compiled kernels.";
-  m.def("build_info", &build_info, "Compiler, vector unit in use, CUDA architectures and sanitizers of this build.");
+  m.def("build_info", &build_info, "Compiler, vector unit in use, CUDA architectures, sanitizers and torch of this build.");
 }

@@ -22,6 +22,14 @@ except ImportError as error:
 else:
     build_info = _C.build_info()
 
+# Torch's C++ autograd has no stable ABI: beside another torch than it was built with, this module could do anything.
+autograd = None
+if build_info.get("torch") == torch.__version__:
+    try:
+        from kdfast import _C_autograd as autograd
+    except ImportError:
+        pass  # its work is then done in Python, slower
+
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether a kernel of our own is registered for the op on "CPU" or "CUDA"."""

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def source(tmp_path_factory):
     target = tmp_path_factory.mktemp("source") / "kdfast"
     ignore = shutil.ignore_patterns(
-        ".git", ".venv", "build", "runs", "_C.*.so", "_build_failure.txt", "__pycache__", ".*_cache"
+        ".git", ".venv", "build", "runs", "_C*.so", "_build_failure.txt", "__pycache__", ".*_cache"
     )
     return shutil.copytree(ROOT, target, ignore=ignore)
 

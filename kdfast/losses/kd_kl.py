@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from kdfast import _native
 from kdfast.losses import _checks as check
 from kdfast.ops.kd_kl import kd_kl
 from kdfast.reference.kd_kl import Options, accumulate_dtype
@@ -13,6 +14,9 @@ from kdfast.reference.kd_kl import Options, accumulate_dtype
 DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "soft_ce": 2, "jsd": 3, "dkd": 4}
 SCALES = {"tau2": 0, "product": 1, "none": 2}
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
+# The plain call without Python below this file (csrc/autograd/kd_kl.cpp), for reductions that need no count.
+_OVER_ROWS = {"batchmean": True, "sum": False}
+_now = None if _native.autograd is None else _native.autograd.kd_kl_now
 
 
 def kd_loss(
@@ -92,6 +96,23 @@ def kd_loss(
         >>> loss = kd_loss(student, teacher, torch.randint(10, (8,)), alpha=0.1, student_temperature=4.0)
         >>> loss.backward()
     """
+    if (
+        _now is not None
+        and weight is None
+        and reduction in _OVER_ROWS
+        and not isinstance(student_temperature, Tensor)
+        and not isinstance(teacher_temperature, Tensor)
+        and not check.CHECK_VALUES
+        and not torch.compiler.is_compiling()
+    ):
+        tau_t = student_temperature if teacher_temperature is None else teacher_temperature
+        options = _options(
+            student_temperature, tau_t, alpha, label_smoothing, ignore_index, divergence, scale,
+            beta, target_weight, softcap, logit_scale, reduction, labels is None,
+        )  # fmt: skip
+        loss = _now(student_logits, teacher_logits, labels, options, _OVER_ROWS[reduction])
+        if loss is not None:
+            return loss
     check.logits(student_logits, teacher_logits)
     shape = student_logits.shape
     classes, rows = shape[-1], math.prod(shape[:-1])

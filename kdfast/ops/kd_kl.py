@@ -11,6 +11,7 @@ Three dispatcher ops, each with CPU (C++), CUDA (C++ or Triton) and reference ke
 import torch
 from torch import Tensor
 
+from kdfast import _native
 from kdfast.ops._door import Form, eager_apply, form, grads_batched, in_forward_mode, in_transform
 from kdfast.ops.kd_kl_hvp import in_memory, is_last, kd_kl_hvp
 from kdfast.reference.kd_kl import STATS, Options, accumulate_dtype, kd_kl_gradient, kd_kl_stats
@@ -216,6 +217,19 @@ def _backward(ctx, grad):
     rows = grad if ctx.coefficient is None else (grad * ctx.coefficient).expand(stats.shape[0])
     grads = _unpack(KdKlBackward.apply(rows, *tensors, stats, ctx.options, needs), needs)
     return *_as_inputs(grads, tensors), *(None,) * 5
+
+
+def again(grad, student, teacher, labels, stats, options, coefficient):
+    """The student's gradient where csrc/autograd/kd_kl.cpp, which is KdKlNow in C++, has not the one that is asked for:
+    to be differentiated itself, of many cotangents, or a second time."""
+    tensors = student, teacher, None, None, labels, None, None
+    rows = (grad * coefficient).expand(stats.shape[0])
+    (ds,) = KdKlBackward.apply(rows, *tensors, stats, Options(*options), (True, False, False, False))
+    return ds
+
+
+if _native.autograd is not None:
+    _native.autograd.on_second_order(again)
 
 
 class KdKl(torch.autograd.Function):
