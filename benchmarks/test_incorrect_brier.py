@@ -46,8 +46,8 @@ def test_incorrect_brier(benchmark, device, shape, implementation):
 
     def step(loss):
         def run():
-            logits.grad = None
             loss(logits, labels).backward()
+            logits.grad = None  # freed by who made it, not by the next one
 
         return run
 

@@ -1,7 +1,10 @@
 """Loads the compiled kernels, if they were built; keeps the reason if not."""
 
+import contextlib
+import importlib
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -23,12 +26,10 @@ else:
     build_info = _C.build_info()
 
 # Torch's C++ autograd has no stable ABI: beside another torch than it was built with, this module could do anything.
-autograd = None
+autograd: ModuleType | None = None
 if build_info.get("torch") == torch.__version__:
-    try:
-        from kdfast import _C_autograd as autograd
-    except ImportError:
-        pass  # its work is then done in Python, slower
+    with contextlib.suppress(ImportError):  # its work is then done in Python, slower
+        autograd = importlib.import_module("kdfast._C_autograd")
 
 
 def has_kernel(op: str, device: str) -> bool:

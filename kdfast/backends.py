@@ -61,4 +61,8 @@ def _reasons() -> list[str]:
     else:
         cuda = "not built: no nvcc when kdfast was installed; install the CUDA toolkit and reinstall kdfast"
     python = f"not used: {no_cuda}" if torch.version.cuda is None else triton.status()
-    return [f"C++: {cpu}", f"CUDA C++: {cuda}", f"Triton: {python}"]
+    lines = [f"C++: {cpu}", f"CUDA C++: {cuda}", f"Triton: {python}"]
+    if _native.failure is None and _native.autograd is None:
+        built_for = native.get("torch")
+        lines.insert(1, f"C++ graph nodes: not used: built for torch {built_for}, this is torch {torch.__version__}")
+    return lines

@@ -29,3 +29,10 @@ def test_why_there_is_no_gpu_kernel(monkeypatch):
     monkeypatch.setitem(_native.build_info, "cuda_architectures", "")
     assert "install the CUDA toolkit and reinstall kdfast" in kdfast.show_backends()
     assert backends.OPS
+
+
+def test_nodes_built_for_another_torch_are_said(monkeypatch):
+    monkeypatch.setattr(_native, "failure", None)
+    monkeypatch.setattr(_native, "autograd", None)
+    monkeypatch.setitem(_native.build_info, "torch", "2.11.0")
+    assert f"not used: built for torch 2.11.0, this is torch {torch.__version__}" in kdfast.show_backends()

@@ -2,8 +2,8 @@
 //
 //   loss = coefficient * sum of the row losses;  node keeps d loss / d student, made in the same sweep
 //
-// At 128 x 10 the kernel takes 5 us and the way to it and back through an autograd.Function in Python 30. What is not
-// plain (a transform, a mode, a subclass, learned temperatures, another device, ...) gets None from here, and the
+// At 128 x 10 a step took 35 us by an autograd.Function in Python, 8 of them the kernel's; this way it takes 21. What is
+// not plain (a transform, a mode, a subclass, learned temperatures, another device, ...) gets None from here, and the
 // caller goes the general way. A backward that is itself differentiated, batched, or a second one is handed to the
 // general way's Functions in Python, `again`.
 //

@@ -83,9 +83,12 @@ KDFAST_INLINE void exponentials(const Row<T, A>& row, Found<A>& f) {
   const A entropy = f.entropy;
   Lanes<A> max_s = broadcast(kMasked), max_t = broadcast(kMasked);
   Total<A> z_u, z_v, z_1, cross;
+  // What the second sweep writes, called while this one computes: 4096 x 1000 took 14 % longer without.
+  const T* written = row.student_grad == nullptr || row.stream ? row.student : row.student_grad;
   for (int64_t begin = 0; begin < row.n; begin += kBlock) {
     over_lanes<A>(begin, begin + kBlock < row.n ? begin + kBlock : row.n, row.more, [&](int64_t j, auto count) KDFAST_INLINED {
       prefetch(row.student + j), prefetch(row.teacher + j);
+      __builtin_prefetch(written + j, 1, 2);
       const Lanes<A> s = load(row.student + j, count, kMasked), t = load(row.teacher + j, count, kMasked);
       max_s = larger(s, max_s), max_t = larger(t, max_t);
       const Lanes<A> y_u = in_units(s, u), y_v = in_units(t, v);
