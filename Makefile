@@ -49,7 +49,7 @@ sanitize: $(READY)
 	rm -rf $(ASAN)
 	KDFAST_REQUIRE_NATIVE=1 KDFAST_CUDA=OFF KDFAST_SANITIZE=address,undefined \
 	  $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(ASAN)
-	ln -s ../../../tests ../../../pyproject.toml $(ASAN)
+	ln -s ../../../tests ../../../benchmarks ../../../pyproject.toml $(ASAN)
 	export LD_PRELOAD="$$(for x in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$x.so; done | paste -sd:)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && cd $(ASAN) && PYTHONPATH= && \
 	$(CURDIR)/$(BIN)/python -c "from kdfast._native import build_info; assert build_info['sanitizers'], build_info" && \

@@ -5,6 +5,7 @@ from kdfast.backends import show_backends
 from kdfast.losses import (
     KDLoss,
     dkd_loss,
+    exits_kd_loss,
     generalized_jsd_loss,
     hcl,
     incorrect_brier,
@@ -29,6 +30,7 @@ __all__ = [
     "Process",
     "dkd_loss",
     "exact_hypergradient",
+    "exits_kd_loss",
     "generalized_jsd_loss",
     "hcl",
     "incorrect_brier",

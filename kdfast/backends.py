@@ -9,6 +9,7 @@ if torch.version.cuda is not None:
 
 OPS = {
     "kd_kl": ("kd_kl", "kd_kl_backward", "kd_kl_value_and_grad", "kd_kl_scale_"),
+    "kd_kl_exits": ("kd_kl_exits",),
     "kd_kl_hvp": ("kd_kl_hvp",),
     "kd_kl_topk": ("kd_kl_topk", "kd_kl_topk_backward"),
     "incorrect_brier": ("incorrect_brier", "incorrect_brier_backward", "incorrect_brier_value_and_grad"),

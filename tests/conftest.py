@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests import laws
+from tests import fuzz
 
 torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -25,8 +25,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_report_header():
-    if laws.FUZZ_CASES:
-        return f"fuzzing: KDFAST_FUZZ_CASES={laws.FUZZ_CASES} an op, KDFAST_FUZZ_SEED={laws.FUZZ_SEED}"
+    if fuzz.FUZZ_CASES:
+        return f"fuzzing: KDFAST_FUZZ_CASES={fuzz.FUZZ_CASES} an op, KDFAST_FUZZ_SEED={fuzz.FUZZ_SEED}"
     return None
 
 

@@ -14,8 +14,6 @@ and `eager` stay on the CPU. `make fuzz` runs the law of random cases on thousan
 KDFAST_FUZZ_CASES says how many, KDFAST_FUZZ_SEED which; a seed that was not given is drawn and printed.
 """
 
-import os
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -23,19 +21,16 @@ from typing import Any, ClassVar
 import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves as leaves
 from torch.utils._pytree import tree_map_only
 
 from kdfast import _native
+from tests.fuzz import on_random_cases
 
 SANITIZED = bool(_native.build_info.get("sanitizers"))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-FUZZ_CASES = int(os.environ.get("KDFAST_FUZZ_CASES") or 0)
-if FUZZ_CASES:  # set for the processes started from here too: one seed a run
-    FUZZ_SEED = int(os.environ.setdefault("KDFAST_FUZZ_SEED", str(secrets.randbelow(2**32))))
 
 
 @dataclass
@@ -381,21 +376,11 @@ class Laws:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # fp32 sums in another order
 
     def test_random_shapes(self):
-        cases = FUZZ_CASES or 60
-        ran, by_eager = 0, 0
+        by_eager = 0
 
-        @settings(
-            max_examples=cases, derandomize=not FUZZ_CASES, database=None, deadline=None, print_blob=True,
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        @given(random_cases(self.op))
-        def law(case):
-            nonlocal ran, by_eager
-            within = check_case(self.op, case)
-            ran, by_eager = ran + 1, by_eager + (not within)
+        def check(case):
+            nonlocal by_eager
+            by_eager += not check_case(self.op, case)
 
-        if FUZZ_CASES:
-            law = hypothesis.seed(FUZZ_SEED)(law)
-        law()
-        assert ran >= cases, f"only {ran} different cases in what {self.op.name} draws"
+        ran = on_random_cases(check, random_cases(self.op))
         print(f"{self.op.name}: {ran} random cases on {self.op.device}, {by_eager} of them held to PyTorch's error")

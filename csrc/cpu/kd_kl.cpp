@@ -18,6 +18,7 @@
 #include "gradients.h"
 #include "kd_kl_other_row.h"
 #include "kd_kl_row.h"
+#include "kd_kl_run.h"
 #include "rows.h"
 
 namespace kdfast::cpu {
@@ -62,22 +63,6 @@ void compute_other(const Row<double, double>& row, const Options& o, double* los
 KDFAST_CAP(float)
 KDFAST_CAP(double)
 #undef KDFAST_CAP
-
-struct Inputs {
-  Tensor student, teacher;                                      // [rows, classes]
-  OptionalTensor student_temperature, teacher_temperature;      // [1] or [rows]
-  OptionalTensor labels, target, weight;                        // [rows], [rows, classes], [rows]
-  double tau_s, tau_t, alpha, label_smoothing;
-  int64_t ignore_index, divergence, scale;
-  double beta, target_weight, softcap, logit_scale;
-};
-
-struct Outputs {
-  Tensor *loss = nullptr, *stats = nullptr, *student_grad = nullptr, *teacher_grad = nullptr;  // each may be absent
-  const Tensor* grad = nullptr;  // [rows] factors of the gradients; absent: coefficient for every row
-  double coefficient = 1.0;
-  bool temperature_grad = false;
-};
 
 using kdfast::data_or_null;
 template <class T>
@@ -166,6 +151,8 @@ void rows(const Inputs& in, const Outputs& out, int64_t begin, int64_t end) {
   if (stream) stream_end();
 }
 
+}  // namespace
+
 void run(const Inputs& in, const Outputs& out) {
   STD_TORCH_CHECK(in.alpha == 0 || in.labels.has_value() || in.target.has_value(), "kd_kl: alpha > 0 needs labels");
   STD_TORCH_CHECK(in.divergence != kDKD || in.labels.has_value(), "kd_kl: dkd needs class indices");
@@ -178,6 +165,8 @@ void run(const Inputs& in, const Outputs& out) {
               [&](int64_t begin, int64_t end) { rows<decltype(t), decltype(a)>(in, out, begin, end); });
   });
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> empty_loss_and_stats(const Tensor& student) {
   const ScalarType type = accumulate_type(student.scalar_type());

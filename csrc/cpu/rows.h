@@ -65,17 +65,20 @@ void over_rows(int64_t rows, int64_t columns, const F& f) {
   rows <= grain ? f(int64_t{0}, rows) : torch::stable::parallel_for(0, rows, grain, f);
 }
 
-// coefficient * sum of the losses [rows], in a fixed order, whatever the number of threads.
-inline Tensor scaled_sum(const Tensor& losses, double coefficient) {
-  Tensor result = empty(losses, {}, losses.scalar_type());
-  const auto sum = [&]<class A>(const A* values, A* out) {
-    *out = static_cast<A>(coefficient * std::accumulate(values, values + losses.numel(), 0.0));
+// out[at] = coefficient * sum of the losses [rows], in a fixed order, whatever the number of threads.
+inline void write_scaled_sum(const Tensor& losses, double coefficient, const Tensor& out, int64_t at) {
+  const auto sum = [&]<class A>(const A* values, A* to) {
+    to[at] = static_cast<A>(coefficient * std::accumulate(values, values + losses.numel(), 0.0));
   };
   if (losses.scalar_type() == ScalarType::Double) {
-    sum(static_cast<const double*>(losses.data_ptr()), static_cast<double*>(result.data_ptr()));
+    sum(static_cast<const double*>(losses.data_ptr()), static_cast<double*>(out.data_ptr()));
   } else {
-    sum(static_cast<const float*>(losses.data_ptr()), static_cast<float*>(result.data_ptr()));
+    sum(static_cast<const float*>(losses.data_ptr()), static_cast<float*>(out.data_ptr()));
   }
+}
+inline Tensor scaled_sum(const Tensor& losses, double coefficient) {
+  Tensor result = empty(losses, {}, losses.scalar_type());
+  write_scaled_sum(losses, coefficient, result, 0);
   return result;
 }
 

@@ -13,30 +13,33 @@
 namespace kdfast::cuda {
 
 template <class F, class Group>
+__device__ __forceinline__ void value_and_grad_of(const Call<typename F::T, typename F::A>& call) {
+  using T = typename F::T;
+  using A = typename F::A;
+  extern __shared__ uint4 memory_of_slots[];
+  const Group group(call.lanes);
+  const int64_t index = group.row();
+  const Row<T, A> row(call, index);
+  const Options<A>& o = call.options;
+  const Chunks<F::N> chunks(index, call.classes, call.aligned);
+  const Slots<T> slots{memory_of_slots + threadIdx.x, static_cast<int>(blockDim.x)};
+  GradientOf<F> soft;
+  HardSums<A> sums;
+  const Share share{group.lane, row.counts ? chunks.count : 0, group.lanes};
+  evaluate<F, true>(call, group, row, index, chunks, share, slots, soft, sums);
+  if (index >= call.rows) return;
+  const A mass = row.target != nullptr ? o.keep_hard * sums.mass + o.smoothing : A(1);
+  const A spread = o.smoothing > A(0) ? o.smoothing / sums.finite : A(0);
+  const HardGradient<A> hard{sums.softmax.max, log2_of(sums.softmax.sum), mass, spread, o.keep_hard};
+  write<F, true>(call, row, index, chunks, {group.lane, chunks.count, group.lanes}, slots, soft, hard);
+}
+
+template <class F, class Group>
 __global__ void KDFAST_BOUNDS(F, Group, true) value_and_grad(const Call<typename F::T, typename F::A> call) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (!std::is_same_v<Group, ClusterGroup>)  // which the launcher does not ask for there
 #endif
-  {
-    using T = typename F::T;
-    using A = typename F::A;
-    extern __shared__ uint4 memory_of_slots[];
-    const Group group(call.lanes);
-    const int64_t index = group.row();
-    const Row<T, A> row(call, index);
-    const Options<A>& o = call.options;
-    const Chunks<F::N> chunks(index, call.classes, call.aligned);
-    const Slots<T> slots{memory_of_slots + threadIdx.x, static_cast<int>(blockDim.x)};
-    GradientOf<F> soft;
-    HardSums<A> sums;
-    const Share share{group.lane, row.counts ? chunks.count : 0, group.lanes};
-    evaluate<F, true>(call, group, row, index, chunks, share, slots, soft, sums);
-    if (index >= call.rows) return;
-    const A mass = row.target != nullptr ? o.keep_hard * sums.mass + o.smoothing : A(1);
-    const A spread = o.smoothing > A(0) ? o.smoothing / sums.finite : A(0);
-    const HardGradient<A> hard{sums.softmax.max, log2_of(sums.softmax.sum), mass, spread, o.keep_hard};
-    write<F, true>(call, row, index, chunks, {group.lane, chunks.count, group.lanes}, slots, soft, hard);
-  }
+    value_and_grad_of<F, Group>(call);
 }
 
 }  // namespace kdfast::cuda

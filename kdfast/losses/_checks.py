@@ -163,6 +163,13 @@ def result(loss: Tensor, teacher: Tensor, indices: Tensor | None, ignore_index: 
         _teacher(teacher, indices, ignore_index)
 
 
+def results(losses: Tensor, teachers: list[Tensor], indices: Tensor | None, ignore_index: int, classes: int) -> None:
+    """`result` of several exits' losses [exits], looked at together."""
+    if _readable(losses) and math.isnan(losses.detach().sum().item()):
+        for loss, teacher in zip(losses, teachers, strict=True):
+            result(loss, teacher, indices, ignore_index, classes)
+
+
 def label_range(loss: Tensor, indices: Tensor | None, ignore_index: int, classes: int) -> None:
     """For kernels that give NaN for a label out of range: looks for one where the loss is NaN (on a GPU: opt-in)."""
     if _readable(loss):

@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 
 from kdfast import kd_loss
 from kdfast.ops import kd_kl_hvp as ops
-from kdfast.reference.kd_kl import Options
+from kdfast.reference.kd_kl import Options, accumulate_dtype
 from kdfast.reference.kd_kl import kd_kl as definition
-from tests.laws import LawfulOp, Laws, close
-from tests.ops.kd_kl_cases import make
+from kdfast.reference.kd_kl import kd_kl_hvp as composed
+from tests.fuzz import on_random_cases
+from tests.laws import DTYPES, LawfulOp, Laws, close
+from tests.ops.kd_kl_cases import NAMES, Case, make
 from tests.ops.kd_kl_hvp_cases import CASES, DIRECTIONS, EDGES, check, direction, truth
 
 KERNEL = torch.ops.kdfast.kd_kl_hvp.default
@@ -41,6 +43,65 @@ def test_kernel_on_extremes(scale, divergence):
         ):
             unit = rtol * exact.abs().max().clamp(min=1e-3 if factor < 1 else 1).item()
             torch.testing.assert_close(h.double(), exact, rtol=rtol, atol=unit)
+
+
+def _random_case(rows, classes, tau_s, tau_t, alpha, smoothing, divergence, scale, dtype, hard, temperatures, *flags):
+    options = Options(tau_s, tau_t, alpha if hard else 0.0, smoothing, divergence=divergence, scale=scale)
+    return Case("random", rows, classes, options, dtype, hard, temperatures, *flags)
+
+
+RANDOM_CASES = st.builds(
+    _random_case,
+    st.integers(1, 6), st.integers(1, 70) | st.integers(250, 1100), st.floats(0.5, 8), st.floats(0.5, 8),
+    st.sampled_from([0.3, 1.0]), st.sampled_from([0.0, 0.1, 1.0]), st.integers(0, 2), st.integers(0, 2),
+    st.sampled_from(DTYPES), st.sampled_from(["", "labels", "target", "ignored"]), st.sampled_from(["", "one", "rows"]),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+
+
+def check_backward_stable(case):
+    """The kernel's error is at most that of inputs moved by some roundings of the arithmetic, or twice PyTorch's.
+
+    A draw may cancel as deep as it likes: moving every logit and temperature by one rounding, up or down (of a 1 where
+    they are smaller: an exponential is rounded too), shows how deep, and 32 times that is allowed (random signs cancel,
+    the errors of a polynomial need not); beside it, as in the law of random cases, 32 ulp of the largest entry (1e-9 in
+    fp64, where the truth has errors too), and the rounding to storage.
+    """
+    tensors = make(case)
+    real = accumulate_dtype(case.dtype)
+    eps = torch.finfo(real).eps
+    part = 1e-9 if real == torch.float64 else 32 * eps
+    w = direction(tensors, DIRECTIONS["all"])
+    exact = truth(tensors, case.options, w)
+    generator = torch.Generator().manual_seed(0)
+    moved = []
+    for _ in range(2):
+        signs = [None if x is None else torch.randint(2, x.shape, generator=generator) * 2 - 1 for x in tensors[:4]]
+        inputs = [
+            x if x is None else x.double() + (eps * y * x.double().abs().clamp(min=1)).nan_to_num(0, 0, 0)
+            for x, y in zip(tensors[:4], signs, strict=True)
+        ]
+        moved.append(truth((*inputs, *tensors[4:]), case.options, w))
+    theirs = composed(*tensors, case.options, direction=w)
+    ours = KERNEL(*tensors, *w, *case.options, True, True)
+    for name, x, e, t, *near in zip(NAMES, ours, exact, theirs, *moved, strict=True):
+        if e is None:
+            assert x.numel() == 0, name
+            continue
+        assert x.shape == e.shape, name
+        finite = e.isfinite() & t.isfinite()
+        assert not (x.double().isfinite() ^ e.isfinite())[finite].any(), name
+        size = lambda y, e=e, finite=finite: torch.where(finite, (y.double() - e).abs(), 0.0).max()  # noqa: E731
+        stored = 0.0 if x.dtype == real else torch.finfo(x.dtype).eps
+        largest = torch.where(finite, e.abs(), 0.0).max()
+        allowed = 2 * size(t) + 32 * max(map(size, near)) + (part + 2 * stored) * largest + 4 * eps
+        assert size(x) <= allowed, f"{name}: off by {size(x):.2e}, allowed {allowed:.2e}, largest {largest:.2e}"
+
+
+def test_random_shapes_of_the_kernel():
+    """In every storage type; the law suite's random cases, below, are the door's, in fp64."""
+    ran = on_random_cases(check_backward_stable, RANDOM_CASES)
+    print(f"kd_kl_hvp's kernel: {ran} random cases")
 
 
 # ---------------------------------------------------------------- the door: kernel or composed

@@ -1,14 +1,15 @@
 """perturb: values against fp64 truth over mixed lists, the rules of its size, and how it is called."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdfast.ops.perturb import perturb
 from kdfast.reference.kd_kl import accumulate_dtype
+from tests.fuzz import on_random_cases
 from tests.laws import DTYPES, LAYOUTS
 
 # 0-dim, empty, vectors, weights; ragged ends of vectors, of sums' blocks and of pieces
@@ -77,16 +78,45 @@ def test_the_displacement_itself_keeps_its_digits():
         assert sign * points[4].sign()[0] == (v[4][0] * factors[4]).sign()
 
 
-def test_random_lists():
-    shapes = st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=12)
+@dataclass
+class Lists:
+    """A random case of an op over lists of tensors."""
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-    @given(shapes, st.sampled_from(DTYPES), st.booleans(), st.integers(0, 2**31))
-    def law(shapes, dtype, both, seed):
-        arguments = (*make(shapes, dtype, seed), 0.1, both)
-        assert_close(perturb(*arguments), truth(*arguments), dtype)
+    shapes: list[tuple[int, ...]]
+    dtype: torch.dtype
+    layouts: list[str | None]  # of each list's tensors, but those without dimensions
+    seed: int
 
-    law()
+    def laid(self, *lists):
+        """The lists in the layouts drawn for them."""
+        return [
+            [LAYOUTS[layout](x) if layout and x.dim() else x for x in tensors]
+            for tensors, layout in zip(lists, self.layouts, strict=True)
+        ]
+
+
+RANDOM_LISTS = st.builds(
+    Lists,
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=12),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.lists(st.none() | st.sampled_from(list(LAYOUTS)), min_size=3, max_size=3),
+    seed=st.integers(0, 2**31),
+)
+
+
+def test_random_shapes():
+    def check(drawn):
+        lists, both, size, tied = drawn
+        theta, g, v, factors = make(lists.shapes, lists.dtype, lists.seed)
+        v = [x * size for x in v]
+        if tied:
+            theta[-1], g[-1], v[-1] = theta[0], g[0], v[0]
+        rest = factors, 0.1, both
+        assert_close(perturb(*lists.laid(theta, g, v), *rest), truth(theta, g, v, *rest), lists.dtype)
+
+    sizes = st.sampled_from([0.0, 1e-3, 1.0, 1e3])
+    ran = on_random_cases(check, st.tuples(RANDOM_LISTS, st.booleans(), sizes, st.booleans()))
+    print(f"perturb: {ran} random cases")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
