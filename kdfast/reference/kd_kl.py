@@ -191,6 +191,8 @@ class _Rows:
     def __init__(self, student, teacher, student_temperature, teacher_temperature, labels, weight, options):
         self.dtype = accumulate_dtype(student.dtype)
         self.options = options
+        if options.alpha >= 1:  # nothing hangs on the teacher then, and 0 times what it holds need not be 0
+            teacher = student.detach()
         s, t = student.to(self.dtype), teacher.to(self.dtype)
         self.coefficient = None if weight is None else weight.to(self.dtype).unsqueeze(-1)
         if labels is not None:  # an ignored row counts for nothing, whatever its logits hold

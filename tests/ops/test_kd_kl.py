@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kdfast import kd_loss
 from kdfast.losses.kd_kl import DIVERGENCES, SCALES
-from kdfast.reference.kd_kl import Options
+from kdfast.reference.kd_kl import Options, kd_kl_gradient
 from kdfast.reference.kd_kl import kd_kl as reference
 from tests.laws import LawfulOp, Laws
 
@@ -291,3 +291,11 @@ class TestKdKl(Laws):
         },
         extreme_shapes=st.tuples(st.integers(1, 5), st.integers(6, 70) | st.sampled_from([128, 257, 1025, 4099])),
     )
+
+
+def test_hard_labels_alone_do_not_see_the_teacher():
+    student, teacher = torch.randn(2, 3, 5, dtype=torch.float64)
+    rest = (None, None, torch.tensor([0, 4, 2]), None, None, Options(alpha=1.0))
+    expected = kd_kl_gradient(student, teacher, *rest)
+    for x, e in zip(kd_kl_gradient(student, teacher.fill_(math.nan), *rest), expected, strict=True):
+        torch.testing.assert_close(x, e, rtol=0, atol=0)
