@@ -184,7 +184,9 @@ def _read_folder(folder: Path, names: list[str] | None, on_broken: str) -> tuple
     if len(found) < 2:
         raise ValueError(f"{folder} must hold a folder for each of at least two classes, got {len(found)}.")
     if names is not None and found != names:
-        raise ValueError(f"{folder} must have the {len(names)} classes of the training images, got {len(found)} others.")
+        raise ValueError(
+            f"{folder} must have the {len(names)} classes of the training images, got {len(found)} others."
+        )
     images, labels = [], []
     for label, name in enumerate(found):
         for path in sorted((folder / name).iterdir()):

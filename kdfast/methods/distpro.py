@@ -184,6 +184,10 @@ class DistPro(Distiller):
         self._kept = (raw > self.clip).nonzero().flatten().tolist()
         self._step_weights = weights[self._kept]
 
+    def start_step(self, step: int) -> None:
+        if self._process is not None:
+            self.set_step(step)
+
     @property
     def dropped_share(self) -> float:
         """The share of pathways not computed in this step, in [0, 1]; `Process.dropped_share` has the whole run's."""

@@ -95,7 +95,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(state["cuda"]) != gpus:
         raise ValueError(
-            f"The checkpoint was written with {len(state['cuda'])} visible GPU(s), here are {gpus}; resume with as many."
+            f"The checkpoint was written with {len(state['cuda'])} GPU(s), here are {gpus}; resume with as many."
         )
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

@@ -11,7 +11,9 @@ from kdfast.data import DigitsSplit, ImageSet, TensorLoader, load_digits
 from kdfast.meta import Process
 from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
 from kdfast.models import CifarResNet
-from kdfast.train.loop import Batches, StepRecord, fit, warmup_cosine
+from kdfast.train.history import StepRecord
+from kdfast.train.loop import Batches, warmup_cosine
+from kdfast.train.trainer import Trainer
 
 TITLES = {"alone": "student alone", "kd": "KD", "mkd": "MKD", "distpro": "DistPro"}
 
@@ -215,21 +217,24 @@ class _Bench:
             weight_decay=recipe.weight_decay if weight_decay is None else weight_decay,
         )
 
+        seconds = []
+
         def callback(record: StepRecord) -> None:
+            seconds.append(record.seconds)
             after_step(record)
             self.on_step(training)
 
-        history = fit(
+        history = Trainer(
             distiller,
             batches,
             optimizer,
             epochs=epochs,
             scheduler=warmup_cosine(optimizer, epochs * recipe.epoch_steps, recipe.warmup),
             callback=callback,
-            **{"evaluation": self.evaluation, "evaluate_every": recipe.evaluate_every, **options},
-        )
-        seconds = [record.seconds for record in history.steps]
-        return Run(len(seconds), 1e3 * statistics.median(seconds), sum(seconds), history.accuracy)
+            **{"evaluation": [self.evaluation], "evaluate_every": recipe.evaluate_every, **options},
+        ).run()
+        accuracy = [(record.steps, record.accuracy) for record in history.epochs if record.accuracy is not None]
+        return Run(len(seconds), 1e3 * statistics.median(seconds), sum(seconds), accuracy)
 
     def alone(self, teacher: CifarResNet, seed: int) -> Run:
         batches = self.loader(self.split.train, seed)
@@ -280,7 +285,6 @@ class _Bench:
             distiller,
             self.loader(self.split.train, seed),
             recipe.epochs,
-            lambda record: distiller.set_step(min(record.step + 1, len(process) - 1)),
         )
         return replace(run, process=process, search=search)
 

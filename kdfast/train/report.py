@@ -4,8 +4,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from matplotlib.figure import Figure  # without pyplot: draws into files by Agg,
 from rich.table import Table
 
 from kdfast.train.compare import TITLES, Comparison, Run
+from kdfast.train.files import atomically
 
 COLUMNS = ("accuracy %", "step ms", "τ_s at the end", "τ_t at the end")
 COLOURS = {"alone": "#666666", "kd": "#1f77b4", "mkd": "#d95f02", "distpro": "#1b9e77"}
@@ -75,12 +74,12 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     if "distpro" in comparison.runs:
         plots["pathways.png"] = pathway_figure(comparison)
     paths = [
-        _atomically(folder / name, lambda path, figure=figure: figure.savefig(path, dpi=120))
+        atomically(folder / name, lambda path, figure=figure: figure.savefig(path, dpi=120))
         for name, figure in plots.items()
     ]
     results = json.dumps(results_dict(comparison), indent=2) + "\n"
     for name, text in (("report.md", markdown(comparison, list(plots))), ("results.json", results)):
-        paths.append(_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8")))
+        paths.append(atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8")))
     return paths
 
 
@@ -133,20 +132,6 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a file aside (of the same suffix, in the same folder), then move it to `path`."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    aside = Path(name)
-    try:
-        write(aside)
-        aside.chmod(0o644)  # mkstemp's files are their owner's alone
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
 
 
 def accuracy_figure(comparison: Comparison) -> Figure:

@@ -173,9 +173,9 @@ class Trainer:
             images += record.images
             if self.callback is not None:
                 self.callback(record)
-            if self.checkpoint_every and self.step % self.checkpoint_every == 0:
-                if self._epoch_steps * self.accumulate < len(batches):  # else the epoch's end saves
-                    self.save()
+            due = self.checkpoint_every and self.step % self.checkpoint_every == 0
+            if due and self._epoch_steps * self.accumulate < len(batches):  # else the epoch's end saves
+                self.save()
         if not self._epoch_steps:
             raise ValueError("A Trainer needs at least one batch an epoch, got none.")
         self._end_epoch(time.perf_counter() - start, images)
@@ -191,9 +191,7 @@ class Trainer:
             parts = accumulated_step(self.distiller, group, self.optimizer, autocast=autocast, scaler=self._scaler)
         else:
             with self._autocast():
-                report = self.meta_step(
-                    self.distiller, group[0], validation_batch, self.optimizer, self.meta_optimizer
-                )
+                report = self.meta_step(self.distiller, group[0], validation_batch, self.optimizer, self.meta_optimizer)
             parts = report.parts
         seconds = time.perf_counter() - start
         if self._ema is not None:
@@ -315,7 +313,9 @@ class Trainer:
                     part.load_state_dict(copy.deepcopy(state[name]))
             except (RuntimeError, ValueError) as error:  # PyTorch's long list of keys and shapes
                 first = str(error).strip().split("\n")[-1].strip()
-                raise ValueError(f"The checkpoint's {name} is another training's ({first}); build them alike.") from error
+                raise ValueError(
+                    f"The checkpoint's {name} is another training's ({first}); build them alike."
+                ) from error
         self._sums = {name: total.to(self.device) for name, total in state["sums"].items()}
         if self.process is not None:
             self.process = Process(self.process.pathways)
