@@ -49,7 +49,13 @@ def test_random_states_of_every_library_continue(tmp_path):
     path = save_checkpoint(tmp_path / "c.safetensors", random_state())
 
     def draws():
-        return random.random(), float(np.random.rand()), float(np.random.randn()), float(torch.rand(())), random.gauss(0, 1)
+        return (
+            random.random(),
+            float(np.random.rand()),
+            float(np.random.randn()),
+            float(torch.rand(())),
+            random.gauss(0, 1),
+        )
 
     first = draws()
     set_random_state(load_checkpoint(path))
@@ -98,10 +104,10 @@ def test_spoilt_file_is_one_sentence(tmp_path, how):
 
 def test_foreign_and_missing_files_are_one_sentence(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="must be a kdfast checkpoint .*got \"another program's safetensors file\""):
+    with pytest.raises(ValueError, match=r'must be a kdfast checkpoint .*got "another program\'s safetensors file"'):
         load_checkpoint(tmp_path / "other.safetensors")
     files.write_tensors(tmp_path / "s.safetensors", {}, "kdfast student 1", {})
-    with pytest.raises(ValueError, match="must be a kdfast checkpoint .*got 'kdfast student 1'"):
+    with pytest.raises(ValueError, match=r"must be a kdfast checkpoint .*got 'kdfast student 1'"):
         load_checkpoint(tmp_path / "s.safetensors")
     with pytest.raises(ValueError, match="there is no such file"):
         load_checkpoint(tmp_path / "missing.safetensors")
@@ -118,7 +124,9 @@ def test_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch, at):
         monkeypatch.setattr(Path, "write_bytes", full)
     else:
         monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match=r"could not be written \(No space left on device\); the file that was there") as info:
+    with pytest.raises(
+        OSError, match=r"could not be written \(No space left on device\); the file that was there"
+    ) as info:
         save_checkpoint(path, {"step": 2})
     assert info.value.errno == errno.ENOSPC
     assert load_checkpoint(path) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
