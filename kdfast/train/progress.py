@@ -13,7 +13,7 @@ from kdfast.train.history import EpochRecord, StepRecord
 class Watch:
     """Shows loss parts, accuracy and images a second, and writes them to a folder of TensorBoard's.
 
-    The loss is read, which waits for a GPU, a few times a second only; one that is not finite stops the training.
+    The loss is read, which waits for a GPU, a few times a second only.
 
     Args:
         console: where the bar is, and a line an epoch.
@@ -50,11 +50,7 @@ class Watch:
             self._writer.close()
 
     def step(self, record: StepRecord) -> None:
-        """A `Trainer`'s callback.
-
-        Raises:
-            FloatingPointError: where the loss is not finite.
-        """
+        """A `Trainer`'s callback."""
         self._images += record.images
         now = time.perf_counter()
         if now - self._shown < 0.25:
@@ -62,11 +58,6 @@ class Watch:
             return
         parts = {name: float(part) for name, part in record.parts.items()}
         speed = self._images / (now - self._since)
-        if not math.isfinite(sum(parts.values())):
-            named = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
-            raise FloatingPointError(
-                f"The loss of step {record.step} is not finite ({named}); lower the learning rate, or look at the data."
-            )
         named = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
         text = f"epoch {record.epoch + 1}: {named}{self._accuracy}, {speed:,.0f} images/s"
         self.progress.update(self._task, advance=1, description=text)

@@ -218,10 +218,13 @@ class Run:
         elif settings.teacher is not None:
             raise ValueError(f"{recipe.method} takes no teacher, got {settings.teacher}; leave it out.")
         unknown = sorted(set(recipe.options) - set(parameters))
-        if unknown:
+        if unknown and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
             known = ", ".join(name for name in parameters if name not in ("student", "teacher"))
             raise ValueError(f"{recipe.method} has no option {unknown[0]!r}, only {known}.")
-        return kind(*networks, **recipe.options)
+        try:
+            return kind(*networks, **recipe.options)
+        except TypeError as error:
+            raise ValueError(f"{recipe.method} cannot be made of these options: {error}") from error
 
     def _followed(self) -> Process | None:
         """The process to follow: the copy this training took with it, or the file it was told."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -60,6 +61,7 @@ class Trainer:
 
     Raises:
         ValueError: for arguments that do not go together; one sentence.
+        FloatingPointError: by `run`, after an epoch whose loss was not finite; its checkpoint is not written.
 
     Example:
         >>> optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.1, momentum=0.9)
@@ -207,6 +209,12 @@ class Trainer:
         return record
 
     def _end_epoch(self, seconds: float, images: int) -> None:
+        parts = {name: float(total) / self._epoch_steps for name, total in self._sums.items()}
+        if not math.isfinite(sum(parts.values())):
+            named = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
+            raise FloatingPointError(
+                f"The loss of epoch {self.epoch} is not finite ({named}); lower the learning rate, or look at the data."
+            )
         distributed.same_everywhere(self.distiller, buffers_only=True)
         measure = self.epoch + 1 == self.epochs or (self.epoch + 1) % self.evaluate_every == 0
         accuracy = validation_accuracy = validation_loss = None
@@ -218,7 +226,7 @@ class Trainer:
         record = EpochRecord(
             epoch=self.epoch,
             steps=self.step,
-            parts={name: float(total) / self._epoch_steps for name, total in self._sums.items()},
+            parts=parts,
             lr=float(self.optimizer.param_groups[0]["lr"]),
             accuracy=accuracy,
             validation_accuracy=validation_accuracy,
