@@ -80,7 +80,14 @@ def _folder(context: click.Context, parameter: click.Parameter, value: Path) -> 
     show_default=True,
     help="Epochs of the students; the teacher's and the search's change in proportion.",
 )
-def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], epochs: int) -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    show_default="one a core",
+    help="In how many the students are trained.",
+)
+def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], epochs: int, processes: int) -> None:
     """Train a teacher, then students alone and by each method, and report how they compare."""
     console = Console()
     recipe = Recipe().scaled(epochs)
@@ -101,6 +108,8 @@ def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], 
             task = progress.add_task("starting", total=recipe.planned_steps(methods, seeds))
 
             def on_run(training: str, run: Run) -> None:  # also where no bar can be drawn
+                steps = run.steps + (run.search.steps if run.search else 0)
+                progress.update(task, advance=steps, description=training)
                 progress.console.print(f"{training}: {100 * run.accuracy[-1][1]:.2f} % after {run.steps} steps")
 
             comparison = compare(
@@ -108,7 +117,7 @@ def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], 
                 out,
                 methods=methods,
                 seeds=range(seeds),
-                on_step=lambda training: progress.update(task, advance=1, description=training),
+                processes=processes,
                 on_run=on_run,
             )
             progress.update(task, description="writing the report")

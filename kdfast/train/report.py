@@ -15,7 +15,17 @@ from kdfast.train.compare import TITLES, Comparison, Run
 from kdfast.train.files import atomically
 
 COLUMNS = ("accuracy %", "step ms", "τ_s at the end", "τ_t at the end")
-COLOURS = {"alone": "#666666", "kd": "#1f77b4", "mkd": "#d95f02", "distpro": "#1b9e77"}
+COLOURS = {
+    "alone": "#666666",
+    "kd": "#1f77b4",
+    "at": "#9edae5",
+    "reviewkd": "#8c564b",
+    "mkd": "#d95f02",
+    "distpro": "#1b9e77",
+    "metadistiller": "#7570b3",
+    "self_guidance": "#e7298a",
+    "stagewise": "#e6ab02",
+}
 
 
 def table(comparison: Comparison) -> Table:
@@ -293,6 +303,14 @@ _ABOUT = {
         f"- **KD** (Hinton et al. 2015): {recipe.kd_alpha:g} cross-entropy + {1 - recipe.kd_alpha:g} τ² "
         f"KL(teacher || student) at τ = {recipe.kd_temperature:g}."
     ),
+    "at": lambda recipe: (
+        f"- **AT** (Zagoruyko and Komodakis 2017): cross-entropy of the labels + {recipe.at_weight:g} × the squared "
+        "difference of\n  the attention maps, summed over 3 stages."
+    ),
+    "reviewkd": lambda recipe: (
+        "- **ReviewKD** (Chen et al. 2021): cross-entropy of the labels + "
+        f"{recipe.reviewkd_weight:g} × the review loss."
+    ),
     "mkd": lambda recipe: (
         "- **MKD** (Liu et al. 2022): soft cross-entropy, without labels; τ_s and τ_t start at "
         f"{recipe.mkd_initial_temperature:g},\n  stay within ±{recipe.mkd_span / 2:g} of it, and are learned by AdamW "
@@ -307,5 +325,22 @@ _ABOUT = {
         f"stretched to {recipe.epochs} epochs and followed in a new training from the initial weights\n  on all "
         f"training images, without the pathways whose raw weight is {recipe.distpro_clip:g} or less. The table\n"
         "  has the retraining; the search comes on top."
+    ),
+    "metadistiller": lambda recipe: (
+        "- **MetaDistiller** (Liu et al. 2020), *without a teacher*: an exit at each of the first 2 stages, "
+        f"{recipe.metadistiller_alpha:g} cross-entropy + {1 - recipe.metadistiller_alpha:g}\n"
+        f"  τ² KL(generator || exit) at τ = {recipe.metadistiller_temperature:g}; the generator is learned in every "
+        f"{recipe.metadistiller_every}th epoch, by Adam at {recipe.metadistiller_lr:g},\n  in which fresh "
+        "random halves of the training images go to it and to the student."
+    ),
+    "self_guidance": lambda recipe: (
+        "- **Self-Guidance** (Zheng and Peng 2022), *without a teacher*: cross-entropy of the full network and of one "
+        f"with residual\n  branches left out (the last with probability {1 - recipe.self_guidance_survival:g}) + "
+        f"{recipe.self_guidance_strength:g} τ² KL(full || sampled) at τ = {recipe.self_guidance_temperature:g}."
+    ),
+    "stagewise": lambda recipe: (
+        "- **Stage by stage** (Gao et al. 2018): each of 3 stages learns the teacher's feature in turn, then the "
+        f"head the labels,\n  each in a quarter of the epochs, by AdamW at {recipe.stagewise_lr:g}, which falls by 10 "
+        "at 30, 60 and 90 % of each;\n  no loss weight."
     ),
 }

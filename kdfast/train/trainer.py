@@ -32,7 +32,7 @@ class Trainer:
         distiller: what is trained, on its device. It is left in training mode; its teacher is kept in eval mode.
         batches: iterated once an epoch. To go on in the middle of an epoch they need `len()`, `state_dict()` and
             `load_state_dict()`, as the streams of `kdfast.data` have.
-        optimizer: of `distiller.inner_parameters()`.
+        optimizer: of `distiller.inner_parameters()`. A method's `lr_factor`, where it has one, multiplies its rates.
         epochs: passes over `batches`.
         scheduler: stepped after every *step*, not every epoch.
         validation_batches: with a meta-optimizer, what the meta-parameters learn on, a batch a step, started anew
@@ -187,6 +187,9 @@ class Trainer:
         self.distiller.start_step(self.step)
         if self.process is not None:
             self.process.record(self.distiller.weights(), self.distiller.weights.raw)
+        rates = [held["lr"] for held in self.optimizer.param_groups]
+        for held in self.optimizer.param_groups:
+            held["lr"] *= getattr(self.distiller, "lr_factor", 1.0)
         start = time.perf_counter()
         if validation is None:
             autocast = self._autocast()
@@ -196,6 +199,8 @@ class Trainer:
                 report = self.meta_step(self.distiller, group[0], validation_batch, self.optimizer, self.meta_optimizer)
             parts = report.parts
         seconds = time.perf_counter() - start
+        for held, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            held["lr"] = rate  # the schedule's, which may build on it
         if self._ema is not None:
             self._ema.update_parameters(self.distiller.export())
         if self.scheduler is not None:
