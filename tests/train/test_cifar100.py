@@ -1,4 +1,4 @@
-"""Opt-in (-m slow): every method on the real CIFAR-100, whose folder KDFAST_CIFAR100 names (train/CLASS/*.png, test/...)."""
+"""Opt-in (-m slow): every method on real images; KDFAST_CIFAR100 names the folder (train/CLASS/*.png, test/...)."""
 
 import dataclasses
 import inspect

@@ -220,6 +220,28 @@ def test_steps_are_ordinary_while_the_method_says_so():
     assert seen == [(0, False)] * 6 + [(1, True)] * 6
 
 
+def test_a_methods_own_factor_multiplies_the_rate():
+    class Falling(Alone):
+        lr_factor = 1.0
+
+        def start_epoch(self, epoch, epochs):
+            self.lr_factor = 0.5**epoch
+
+    used = []
+
+    class Watched(torch.optim.SGD):
+        def step(self):
+            used.append(self.param_groups[0]["lr"])
+            super().step()
+
+    torch.manual_seed(0)
+    distiller = Falling(Net())
+    optimizer = Watched(distiller.inner_parameters(), lr=0.2)
+    decay = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.9)  # builds on the rate it finds
+    Trainer(distiller, stream(12), optimizer, epochs=2, scheduler=decay).run()
+    assert used == pytest.approx([0.2 * 0.9**step * 0.5 ** (step // 3) for step in range(6)])
+
+
 def with_teacher(kind):
     import inspect
 
