@@ -110,15 +110,3 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict`, with the state laid out in memory as its parameter is.
-
-    A sum over a tensor depends in its last bits on the layout, so a channels-last training continues exactly only so.
-    """
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for name, x in values.items():
-            if isinstance(x, Tensor) and x.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter, dtype=x.dtype).copy_(x)

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kdfast.meta import Process, meta_kd_step
 from kdfast.methods.base import Distiller
 from kdfast.train import distributed
-from kdfast.train.checkpoint import load_checkpoint, load_optimizer, random_state, save_checkpoint, set_random_state
+from kdfast.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from kdfast.train.history import EpochRecord, History, StepRecord
 from kdfast.train.loop import Batch, Batches, accumulated_step, evaluate
 
@@ -320,9 +320,7 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         for name, part in self._parts().items():
             try:
-                if isinstance(part, torch.optim.Optimizer):
-                    load_optimizer(part, copy.deepcopy(state[name]))
-                elif part is not None:
+                if part is not None:
                     part.load_state_dict(copy.deepcopy(state[name]))
             except (RuntimeError, ValueError) as error:  # PyTorch's long list of keys and shapes
                 first = str(error).strip().split("\n")[-1].strip()
