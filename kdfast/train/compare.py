@@ -53,8 +53,8 @@ class Recipe:
     epochs: int = 150
     kd_alpha: float = 0.1
     kd_temperature: float = 4.0
-    at_weight: float = 1000.0
-    reviewkd_weight: float = 1.0
+    at_weight: float = 100.0
+    reviewkd_weight: float = 5.0
     mkd_initial_temperature: float = 4.0
     mkd_span: float = 2.0
     mkd_lr: float = 3e-3  # of AdamW
@@ -67,11 +67,12 @@ class Recipe:
     metadistiller_alpha: float = 0.5
     metadistiller_temperature: float = 1.0
     metadistiller_every: int = 5  # epochs
-    metadistiller_lr: float = 0.01  # of Adam
+    metadistiller_lr: float = 0.1  # of Adam
+    metadistiller_exit: str = "linear"
     self_guidance_strength: float = 0.25
     self_guidance_temperature: float = 3.0
     self_guidance_survival: float = 0.5
-    stagewise_lr: float = 0.01  # of AdamW, at the start of each stage
+    stagewise_lr: float = 0.04  # of AdamW, at the start of each stage
     evaluate_every: int = 5  # epochs
 
     @property
@@ -106,6 +107,7 @@ class Recipe:
                 "alpha": self.metadistiller_alpha,
                 "temperature": self.metadistiller_temperature,
                 "meta_every_epochs": self.metadistiller_every,
+                "exit": self.metadistiller_exit,
             },
             "self_guidance": {
                 "strength": self.self_guidance_strength,

@@ -327,7 +327,7 @@ _ABOUT = {
         "  has the retraining; the search comes on top."
     ),
     "metadistiller": lambda recipe: (
-        "- **MetaDistiller** (Liu et al. 2020), *without a teacher*: an exit at each of the first 2 stages, "
+        f"- **MetaDistiller** (Liu et al. 2020), *without a teacher*: a {recipe.metadistiller_exit} exit at each of the first 2 stages, "
         f"{recipe.metadistiller_alpha:g} cross-entropy + {1 - recipe.metadistiller_alpha:g}\n"
         f"  τ² KL(generator || exit) at τ = {recipe.metadistiller_temperature:g}; the generator is learned in every "
         f"{recipe.metadistiller_every}th epoch, by Adam at {recipe.metadistiller_lr:g},\n  in which fresh "

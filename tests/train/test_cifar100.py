@@ -54,7 +54,7 @@ def falls(losses):
 
 
 def settings(method, **others):
-    """The method's recipe in 4 epochs of more steps than are taken: phases of whole epochs have begun with the first."""
+    """The method's recipe in 4 epochs, each of more steps than are taken: one of a method in phases is the first."""
     recipe = dataclasses.replace(default_recipe(method, "process" in others).scaled(4), batch_size=64, milestones=())
     return Settings(recipe, f"folder:{ROOT}", "resnet8(widths=(4,8,16))", **others)
 
