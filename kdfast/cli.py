@@ -122,7 +122,7 @@ def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], 
             )
             progress.update(task, description="writing the report")
             paths = write_report(comparison, out)
-    except ImportError as error:
+    except (ImportError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     finally:
         torch.set_num_threads(threads)

@@ -327,11 +327,11 @@ _ABOUT = {
         "  has the retraining; the search comes on top."
     ),
     "metadistiller": lambda recipe: (
-        f"- **MetaDistiller** (Liu et al. 2020), *without a teacher*: a {recipe.metadistiller_exit} exit at each of the first 2 stages, "
-        f"{recipe.metadistiller_alpha:g} cross-entropy + {1 - recipe.metadistiller_alpha:g}\n"
-        f"  τ² KL(generator || exit) at τ = {recipe.metadistiller_temperature:g}; the generator is learned in every "
-        f"{recipe.metadistiller_every}th epoch, by Adam at {recipe.metadistiller_lr:g},\n  in which fresh "
-        "random halves of the training images go to it and to the student."
+        f"- **MetaDistiller** (Liu et al. 2020), *without a teacher*: a {recipe.metadistiller_exit} exit at each of "
+        f"the first 2 stages,\n  {recipe.metadistiller_alpha:g} cross-entropy + {1 - recipe.metadistiller_alpha:g} τ² "
+        f"KL(generator || exit) at τ = {recipe.metadistiller_temperature:g}; the generator is learned in\n  every "
+        f"{recipe.metadistiller_every}th epoch, by Adam at {recipe.metadistiller_lr:g}: fresh random halves of the "
+        "training images go to it and to the student."
     ),
     "self_guidance": lambda recipe: (
         "- **Self-Guidance** (Zheng and Peng 2022), *without a teacher*: cross-entropy of the full network and of one "
