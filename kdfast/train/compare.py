@@ -17,7 +17,7 @@ from kdfast.methods import METHODS, Alone, Distiller
 from kdfast.models import CifarResNet
 from kdfast.train.files import atomically
 from kdfast.train.history import StepRecord
-from kdfast.train.loop import Batches, warmup_cosine
+from kdfast.train.loop import Batches, repeated_warmup_cosine
 from kdfast.train.trainer import Trainer
 
 TITLES = {
@@ -72,7 +72,6 @@ class Recipe:
     self_guidance_strength: float = 0.25
     self_guidance_temperature: float = 3.0
     self_guidance_survival: float = 0.5
-    stagewise_lr: float = 0.04  # of AdamW, at the start of each stage
     evaluate_every: int = 5  # epochs
 
     @property
@@ -114,7 +113,8 @@ class Recipe:
                 "temperature": self.self_guidance_temperature,
                 "last_survival": self.self_guidance_survival,
             },
-            "stagewise": {},
+            # Phases of equal length, whose learning rates the comparison's schedule gives: no plateau ends one.
+            "stagewise": {"schedule": "plateau", "patience": self.epochs},
         }[method]
 
 
@@ -261,17 +261,18 @@ class _Bench:
         epochs: int,
         after_step: Callable[[StepRecord], None] = lambda record: None,
         *,
-        lr: float | None = None,
         weight_decay: float | None = None,
+        phases: Sequence[int] | None = None,  # epochs of each, with a schedule of its own
         **options,
     ) -> Run:
         """Train with the recipe's optimizer and schedule, and the `Trainer`'s other `options`."""
         recipe = self.recipe
         optimizer = torch.optim.AdamW(
             distiller.inner_parameters(),
-            lr=recipe.lr if lr is None else lr,
+            lr=recipe.lr,
             weight_decay=recipe.weight_decay if weight_decay is None else weight_decay,
         )
+        lengths = [phase * recipe.epoch_steps for phase in phases or (epochs,)]
         seconds = []
 
         def callback(record: StepRecord) -> None:
@@ -283,8 +284,7 @@ class _Bench:
             batches,
             optimizer,
             epochs=epochs,
-            # A rate of its own comes with a schedule of the method's own.
-            scheduler=warmup_cosine(optimizer, epochs * recipe.epoch_steps, recipe.warmup) if lr is None else None,
+            scheduler=repeated_warmup_cosine(optimizer, lengths, recipe.warmup),
             callback=callback,
             **{"evaluation": [self.evaluation], "evaluate_every": recipe.evaluate_every, **options},
         ).run()
@@ -376,7 +376,9 @@ class _Bench:
         )
 
     def _stagewise(self, teacher: CifarResNet, seed: int) -> Run:
-        distiller = self.distiller("stagewise", teacher, seed)
-        return self.train(
-            distiller, self.loader(self.split.train, seed), self.recipe.epochs, lr=self.recipe.stagewise_lr
-        )
+        """As many epochs for each stage as for the head; what is left over goes to the last phases."""
+        distiller, left, phases = self.distiller("stagewise", teacher, seed), self.recipe.epochs, []
+        for remaining in range(distiller.phases, 0, -1):
+            phases.append(left // remaining)
+            left -= phases[-1]
+        return self.train(distiller, self.loader(self.split.train, seed), self.recipe.epochs, phases=phases)

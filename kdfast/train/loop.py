@@ -69,15 +69,30 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: float = 
 
     Source: the cosine is Loshchilov and Hutter's, "SGDR", ICLR 2017 (arXiv:1608.03983), without restarts.
     """
-    rising = warmup * steps
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rise_and_fall(step, steps, warmup, end))
+
+
+def repeated_warmup_cosine(
+    optimizer: torch.optim.Optimizer, lengths: Sequence[int], warmup: float = 0.0
+) -> LRScheduler:
+    """`warmup_cosine` anew in each phase of a training, whose phases take `lengths` steps."""
 
     def factor(step: int) -> float:
-        if step + 1 < rising:
-            return (step + 1) / rising
-        cosine = 0.5 + 0.5 * math.cos(math.pi * max(step - rising, 0) / (steps - rising))
-        return end + (1 - end) * cosine
+        begin = 0
+        for length in lengths[:-1]:
+            if step < begin + length:
+                return _rise_and_fall(step - begin, length, warmup, 0.0)
+            begin += length
+        return _rise_and_fall(step - begin, lengths[-1], warmup, 0.0)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _rise_and_fall(step: int, steps: int, warmup: float, end: float) -> float:
+    rising = warmup * steps
+    if step + 1 < rising:
+        return (step + 1) / rising
+    return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * max(step - rising, 0) / (steps - rising)))
 
 
 def step_decay(optimizer: torch.optim.Optimizer, milestones: Sequence[int], factor: float = 0.1) -> LRScheduler:

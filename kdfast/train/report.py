@@ -339,8 +339,7 @@ _ABOUT = {
         f"{recipe.self_guidance_strength:g} τ² KL(full || sampled) at τ = {recipe.self_guidance_temperature:g}."
     ),
     "stagewise": lambda recipe: (
-        "- **Stage by stage** (Gao et al. 2018): each of 3 stages learns the teacher's feature in turn, then the "
-        f"head the labels,\n  each in a quarter of the epochs, by AdamW at {recipe.stagewise_lr:g}, which falls by 10 "
-        "at 30, 60 and 90 % of each;\n  no loss weight."
+        "- **Stage by stage** (Gao et al. 2018): each of 3 stages learns the teacher's feature in turn, then the head the "
+        "labels,\n  each in a quarter of the epochs, with the schedule of the learning rate anew; no loss weight."
     ),
 }

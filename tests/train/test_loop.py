@@ -7,7 +7,7 @@ from torch import nn
 from kdfast.meta import meta_kd_step
 from kdfast.methods.base import Distiller
 from kdfast.train.history import StepRecord
-from kdfast.train.loop import accuracy, ordinary_step, step_decay, warmup_cosine
+from kdfast.train.loop import accuracy, ordinary_step, repeated_warmup_cosine, step_decay, warmup_cosine
 from kdfast.train.trainer import Trainer
 
 
@@ -109,6 +109,20 @@ def test_warmup_cosine_rises_in_a_line_and_falls_to_zero(warmup):
     assert max(rates) == 2.0 and rates[40] == pytest.approx(0, abs=1e-12)
     assert rates[(40 + rising) // 2] == pytest.approx(1.0)  # half way down the cosine
     assert rates[rising:] == sorted(rates[rising:], reverse=True)
+
+
+def test_repeated_warmup_cosine_is_one_after_another():
+    def rates(make, steps):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+        scheduler, seen = make(optimizer), []
+        for _ in range(steps):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return seen
+
+    first, second = (rates(lambda o, n=n: warmup_cosine(o, n, 0.2), n) for n in (10, 15))
+    assert rates(lambda o: repeated_warmup_cosine(o, [10, 15], 0.2), 25) == first + second
 
 
 def test_step_decay_multiplies_at_each_milestone():
