@@ -339,7 +339,7 @@ _ABOUT = {
         f"{recipe.self_guidance_strength:g} τ² KL(full || sampled) at τ = {recipe.self_guidance_temperature:g}."
     ),
     "stagewise": lambda recipe: (
-        "- **Stage by stage** (Gao et al. 2018): each of 3 stages learns the teacher's feature in turn, then the head the "
-        "labels,\n  each in a quarter of the epochs, with the schedule of the learning rate anew; no loss weight."
+        "- **Stage by stage** (Gao et al. 2018): each of 3 stages learns the teacher's feature in turn, then the head "
+        "the labels,\n  each in a quarter of the epochs, with the schedule of the learning rate anew; no loss weight."
     ),
 }
