@@ -46,9 +46,9 @@ def losses_of(settings, folder):
 
 
 def falls(losses):
-    """Whether the mean of the last 20 is below that of the first 20 by more than 4 of its standard errors."""
-    start, end = losses[:20], losses[-20:]
-    error = math.sqrt((statistics.variance(start) + statistics.variance(end)) / 20)
+    """Whether the mean of the last 100 is below that of the first 100 by more than 4 of its standard errors."""
+    start, end = losses[:100], losses[-100:]
+    error = math.sqrt((statistics.variance(start) + statistics.variance(end)) / 100)
     print(f"{statistics.fmean(start):.4f} -> {statistics.fmean(end):.4f} ± {error:.4f} in {len(losses)} steps")
     return statistics.fmean(end) < statistics.fmean(start) - 4 * error
 
