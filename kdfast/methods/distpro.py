@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 from kdfast.losses.pathways import pathway_distances, pathway_loss
 from kdfast.meta.process import Process
-from kdfast.methods.base import Distiller
+from kdfast.methods.base import Distiller, Loss
 from kdfast.methods.transforms import TRANSFORMS
 
 Features = tuple[Tensor, list[Tensor]]  # logits [batch, classes], features of [batch, channels_i, height_i, width_i]
@@ -35,7 +35,7 @@ class PathwayWeights(nn.Module):
 class DistPro(Distiller):
     """Every student feature to every teacher feature through every transform, weighted by what validation says.
 
-    Train loss: CE(student, labels) + scale * sum_p alpha_p * hcl(transform_p(student feature), teacher feature).
+    Train loss: task(student, labels) + scale * sum_p alpha_p * hcl(transform_p(student feature), teacher feature).
 
     *Search*: alpha is learned with `meta_kd_step`; record it each step in a `Process`. *Retrain*: `follow` a stored
     process, stretched to the training's length, with ordinary steps on all the data; pathways whose raw weight is
@@ -49,6 +49,7 @@ class DistPro(Distiller):
         transforms: names of the candidates, of "conv1", "conv2", "conv3" (see `kdfast.methods.transforms`).
         scale: factor on the weighted sum. The paper names none.
         clip: the paper's threshold on the raw weights.
+        task_loss, validation_loss: see `Distiller`.
 
     Attributes:
         pathways: names of the pathways, "s0-t1-conv2" for the student's first feature to the teacher's second.
@@ -80,8 +81,10 @@ class DistPro(Distiller):
         transforms: Sequence[str] = ("conv1", "conv2", "conv3"),
         scale: float = 1.0,
         clip: float = 0.5,
+        task_loss: Loss = cross_entropy,
+        validation_loss: Loss | None = None,
     ):
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, task_loss=task_loss, validation_loss=validation_loss)
         self.student_channels = _channels("student", student, student_channels)
         self.teacher_channels = _channels("teacher", teacher, teacher_channels)
         unknown = [name for name in transforms if name not in TRANSFORMS]
@@ -124,7 +127,7 @@ class DistPro(Distiller):
             weights, kept = self._step_weights.to(logits.device, non_blocking=True), self._kept
         students, teachers = self._ends_met(features, teacher_outputs[1], kept)
         pathways = pathway_loss(students, teachers, self.scale * weights) if students else weights.sum()  # of none: 0
-        return {"task": F.cross_entropy(logits, targets), "pathways": pathways}
+        return {"task": self.task_loss(logits, targets), "pathways": pathways}
 
     def pathway_losses(
         self,
