@@ -40,7 +40,7 @@ def test_transform_is_conv_norm_attention_resize_conv_norm():
     transform = TRANSFORMS["conv2"](4, 6)
     x = torch.randn(2, 4, 4, 4)
     y = transform.project[1](transform.project[0](x))
-    y = y * F.conv2d(y, transform.attention.weight)
+    y = y * F.conv2d(y, transform.attention.gate.weight)
     y = y.repeat_interleave(2, 2).repeat_interleave(2, 3)  # nearest
     expected = transform.refine[0][1](F.conv2d(y, transform.refine[0][0].weight, padding=1))
     torch.testing.assert_close(transform(x, (8, 8)), expected)
@@ -106,7 +106,7 @@ def test_following_a_process_drops_pathways_and_keeps_the_weights_of_the_rest(ta
 def test_errors(task):
     student, teacher = task.student(), task.teacher()
     with pytest.raises(
-        ValueError, match=r"transforms must be one or more of 'conv1', 'conv2', 'conv3', got \('abf',\)"
+        ValueError, match=r"transforms must be one or more of 'conv1', 'conv2', 'conv3', 'complex', got \('abf',\)"
     ):
         DistPro(student, teacher, transforms=["abf"])
     with pytest.raises(ValueError, match=r"DistPro needs student_channels, .*: a Linear does not tell them"):
