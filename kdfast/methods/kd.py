@@ -1,4 +1,4 @@
-"""The baselines: a student alone, and Hinton's distillation with fixed temperatures."""
+"""The baselines on logits: a student alone, Hinton's distillation with fixed temperatures, born-again networks."""
 
 from typing import Any
 
@@ -67,3 +67,41 @@ class KD(Distiller):
             return {"kd": loss}
         soft = kd_loss(logits, teacher_outputs, student_temperature=self.temperature)
         return {"task": self.alpha * self.task_loss(logits, targets), "kd": (1 - self.alpha) * soft}
+
+
+class BornAgain(Distiller):
+    """A student like its teacher, on the task and on the teacher's probabilities: a further generation of one network.
+
+    Loss: task + cross-entropy between the teacher's probabilities and the student's, at temperature 1.
+
+    Args:
+        student: returns logits [batch, classes]; a freshly initialised network of the teacher's architecture.
+        teacher: the generation before it.
+        task_loss, validation_loss: see `Distiller`.
+
+    Source: Furlanello et al., "Born Again Neural Networks", ICML 2018 (arXiv:1805.04770); with the labels and
+    the whole of the teacher's probabilities. The ensemble of all generations is not built here.
+
+    Example:
+        >>> second = BornAgain(fresh_network, first_network)
+        >>> third = second.reborn(another_fresh_network)  # once the second is trained
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        task_loss: Loss = cross_entropy,
+        validation_loss: Loss | None = None,
+    ):
+        super().__init__(student, teacher, task_loss=task_loss, validation_loss=validation_loss)
+
+    def losses(self, outputs: Tensor, teacher_outputs: Tensor, targets: Any) -> dict[str, Tensor]:
+        logits = self.logits(outputs)
+        soft = kd_loss(logits, teacher_outputs, student_temperature=1.0, divergence="soft_ce", scale="none")
+        return {"task": self.task_loss(logits, targets), "kd": soft}
+
+    def reborn(self, student: nn.Module) -> "BornAgain":
+        """The next generation, whose teacher is this one's student; that is frozen from here on."""
+        return BornAgain(student, self.student, task_loss=self.task_loss, validation_loss=self._validation_loss)
