@@ -21,15 +21,19 @@ from kdfast.train.loop import Batches, repeated_warmup_cosine
 from kdfast.train.trainer import Trainer
 
 TITLES = {
-    "alone": "student alone",
-    "kd": "KD",
-    "at": "AT",
-    "reviewkd": "ReviewKD",
-    "mkd": "MKD",
-    "distpro": "DistPro",
-    "metadistiller": "MetaDistiller",
-    "self_guidance": "Self-Guidance",
-    "stagewise": "stage by stage",
+    name: title
+    for name, title in {
+        "alone": "student alone",
+        "kd": "KD",
+        "at": "AT",
+        "reviewkd": "ReviewKD",
+        "mkd": "MKD",
+        "distpro": "DistPro",
+        "metadistiller": "MetaDistiller",
+        "self_guidance": "Self-Guidance",
+        "stagewise": "stage by stage",
+    }.items()
+    if name in METHODS
 }
 
 

@@ -13,14 +13,15 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from kdfast.data import Streams, loaders
+from kdfast.data import Stream, Streams, loaders
 from kdfast.meta import Process, meta_kd_step
 from kdfast.methods import METHODS, Distiller
 from kdfast.train import distributed
@@ -124,9 +125,10 @@ class Run:
             halves.resplit(settings.seed + epoch)
             return halves.train, halves.validation
 
+        numbered = "labels" in inspect.signature(METHODS[recipe.method]).parameters
         self.trainer = Trainer(
             self.distiller,
-            self.streams.train,
+            Numbered(self.streams.train) if numbered else self.streams.train,
             optimizer,
             epochs=recipe.epochs,
             scheduler=self._scheduler(optimizer, batches),
@@ -221,8 +223,13 @@ class Run:
         if unknown and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
             known = ", ".join(name for name in parameters if name not in ("student", "teacher"))
             raise ValueError(f"{recipe.method} has no option {unknown[0]!r}, only {known}.")
+        given = dict(recipe.options)
+        if "peer" in parameters:
+            given["peer"] = network_of(settings.student, **shape)
+        if "labels" in parameters:
+            given["labels"] = self.streams.train.data.labels
         try:
-            return kind(*networks, **recipe.options)
+            return kind(*networks, **given)
         except TypeError as error:
             raise ValueError(f"{recipe.method} cannot be made of these options: {error}") from error
 
@@ -262,6 +269,21 @@ class Run:
         if recipe.schedule == "cosine":
             return warmup_cosine(optimizer, self.steps, recipe.warmup / recipe.epochs, recipe.end)
         return step_decay(optimizer, [milestone * epoch_steps for milestone in recipe.milestones])
+
+
+class Numbered:
+    """A stream whose targets are (targets, indices): for methods that remember every image."""
+
+    def __init__(self, stream: Stream):
+        self._stream = stream
+        self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        for inputs, targets in self._stream:
+            yield inputs, (targets, self._stream.indices.to(targets.device))
 
 
 def read_process(path: Path) -> Process:

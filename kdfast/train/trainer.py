@@ -207,7 +207,7 @@ class Trainer:
             self.scheduler.step()
         for name, part in parts.items():
             self._sums[name] = self._sums[name] + part if name in self._sums else part.clone()
-        images = distributed.world_size() * sum(len(targets) for _, targets in group)
+        images = distributed.world_size() * sum(len(inputs) for inputs, _ in group)
         record = StepRecord(self.step, self.epoch, parts, seconds, images, validation is not None)
         self.step += 1
         self._epoch_steps += 1

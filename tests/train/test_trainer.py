@@ -10,6 +10,7 @@ from kdfast.methods import METHODS, MKD, Alone, DistPro
 from kdfast.models import CifarResNet
 from kdfast.train.checkpoint import load_checkpoint, save_checkpoint, seed_everything
 from kdfast.train.loop import warmup_cosine
+from kdfast.train.run import Numbered
 from kdfast.train.trainer import Trainer
 
 
@@ -253,12 +254,14 @@ def test_teacher_is_in_eval_mode_and_untouched_whatever_is_done_to_it(method):
     torch.manual_seed(0)
     student, teacher = (CifarResNet(8, widths, in_channels=1, classes=3) for widths in ((2, 2, 4), (4, 4, 4)))
     before = copy.deepcopy(teacher.state_dict())
-    distiller = METHODS[method](student, teacher)
+    data = Stream(images(12), torch.zeros(1), torch.ones(1), 6, seed=0)
+    options = {"labels": data.data.labels, "negatives": 4} if method == "crd" else {}
+    distiller = METHODS[method](student, teacher, **options)
     modes = []
-    teacher.register_forward_pre_hook(lambda module, inputs: modes.append([m.training for m in module.modules()]))
+    for module in teacher.modules():
+        module.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
     teacher.train().requires_grad_(True)
     learns = next(distiller.meta_parameters(), None) is not None
-    data = Stream(images(12), torch.zeros(1), torch.ones(1), 6, seed=0)
     meta = (
         {"validation_batches": data, "meta_optimizer": torch.optim.Adam(distiller.meta_parameters(), 0.1)}
         if learns
@@ -267,7 +270,7 @@ def test_teacher_is_in_eval_mode_and_untouched_whatever_is_done_to_it(method):
     optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.1)
     held = {id(p) for p in teacher.parameters()}
     assert not any(id(p) in held for group in optimizer.param_groups for p in group["params"])
-    Trainer(distiller, data, optimizer, epochs=4, **meta).run()  # for methods in phases
-    assert modes and not any(any(mode) for mode in modes)
+    Trainer(distiller, Numbered(data) if options else data, optimizer, epochs=4, **meta).run()  # for methods in phases
+    assert modes and not any(modes)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
