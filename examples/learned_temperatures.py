@@ -12,7 +12,8 @@ import torch
 from kdfast import MKD, Alone, meta_kd_step
 from kdfast.data import TensorLoader, load_digits
 from kdfast.models import CifarResNet
-from kdfast.train.loop import accuracy, fit, warmup_cosine
+from kdfast.train.loop import accuracy, warmup_cosine
+from kdfast.train.trainer import Trainer
 
 EPOCHS = 150  # of two batches: 100 training images are few
 
@@ -25,7 +26,7 @@ teacher = CifarResNet(8, widths=(16, 32, 64), in_channels=1)
 batches = TensorLoader(digits.train, 50, seed=0, shift=1, background=digits.background)
 optimizer = torch.optim.AdamW(teacher.parameters(), lr=0.04, weight_decay=0.1)
 schedule = warmup_cosine(optimizer, EPOCHS * len(batches), warmup=0.1)
-fit(Alone(teacher), batches, optimizer, epochs=EPOCHS, scheduler=schedule)
+Trainer(Alone(teacher), batches, optimizer, epochs=EPOCHS, scheduler=schedule).run()
 teacher_accuracy = accuracy(Alone(teacher), *digits.test)
 
 # A student of a seventh of its size, and the two temperatures between them.

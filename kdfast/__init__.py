@@ -16,18 +16,44 @@ from kdfast.losses import (
     topk_teacher,
 )
 from kdfast.meta import MetaStepReport, Process, exact_hypergradient, meta_kd_step
-from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
+from kdfast.methods import (
+    AT,
+    CRD,
+    DML,
+    KD,
+    METHODS,
+    MKD,
+    NST,
+    ONE,
+    Alone,
+    BornAgain,
+    Distiller,
+    DistPro,
+    FitNet,
+    ReviewKD,
+    StageByStage,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "AT",
+    "CRD",
+    "DML",
     "KD",
+    "METHODS",
     "MKD",
+    "NST",
+    "ONE",
     "Alone",
+    "BornAgain",
     "DistPro",
     "Distiller",
+    "FitNet",
     "KDLoss",
     "MetaStepReport",
     "Process",
+    "ReviewKD",
+    "StageByStage",
     "dkd_loss",
     "exact_hypergradient",
     "exits_kd_loss",

@@ -1,5 +1,8 @@
-"""The command line: `kdfast compare` and `kdfast backends`."""
+"""The command line: `kdfast train`, `export`, `compare`, `recipes` and `backends`."""
 
+import ast
+import dataclasses
+import os
 import time
 from pathlib import Path
 
@@ -7,10 +10,21 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 
 import kdfast
+from kdfast.methods import METHODS
+from kdfast.train import distributed
 from kdfast.train.compare import TITLES, Recipe, Run, compare
+from kdfast.train.files import atomically
+from kdfast.train.networks import read_student, write_onnx
+from kdfast.train.progress import Watch
+from kdfast.train.recipes import RECIPES, as_rows, default_recipe
+from kdfast.train.recipes import Recipe as TrainingRecipe
 from kdfast.train.report import table, write_report
+from kdfast.train.run import CHECKPOINT, Settings
+from kdfast.train.run import Run as Training
+from kdfast.train.trainer import PRECISIONS
 
 
 @click.group()
@@ -66,7 +80,14 @@ def _folder(context: click.Context, parameter: click.Parameter, value: Path) -> 
     show_default=True,
     help="Epochs of the students; the teacher's and the search's change in proportion.",
 )
-def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], epochs: int) -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    show_default="one a core",
+    help="In how many the students are trained.",
+)
+def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], epochs: int, processes: int) -> None:
     """Train a teacher, then students alone and by each method, and report how they compare."""
     console = Console()
     recipe = Recipe().scaled(epochs)
@@ -87,6 +108,8 @@ def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], 
             task = progress.add_task("starting", total=recipe.planned_steps(methods, seeds))
 
             def on_run(training: str, run: Run) -> None:  # also where no bar can be drawn
+                steps = run.steps + (run.search.steps if run.search else 0)
+                progress.update(task, advance=steps, description=training)
                 progress.console.print(f"{training}: {100 * run.accuracy[-1][1]:.2f} % after {run.steps} steps")
 
             comparison = compare(
@@ -94,17 +117,175 @@ def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], 
                 out,
                 methods=methods,
                 seeds=range(seeds),
-                on_step=lambda training: progress.update(task, advance=1, description=training),
+                processes=processes,
                 on_run=on_run,
             )
             progress.update(task, description="writing the report")
             paths = write_report(comparison, out)
-    except ImportError as error:
+    except (ImportError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     finally:
         torch.set_num_threads(threads)
     console.print(table(comparison))
     console.print(f"{time.perf_counter() - start:.0f} s; {', '.join(path.name for path in paths)} are in {out}/")
+
+
+@main.command()
+@click.argument("name", type=click.Choice(list(RECIPES)), required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes of the papers, or every number of one."""
+    if name is None:
+        for known, recipe in RECIPES.items():
+            click.echo(f"{known}: {recipe.source}")
+    else:
+        _print_rows(as_rows(RECIPES[name]))
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:{width}}  {value}")
+
+
+def _changed(recipe: TrainingRecipe, changes: tuple[str, ...]) -> TrainingRecipe:
+    """The recipe with NAME=VALUE of its own fields, or else of its method's options."""
+    known = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    for change in changes:
+        name, sign, text = change.partition("=")
+        if not sign:
+            raise click.BadParameter(f"--set needs NAME=VALUE, got {change!r}.")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text  # a word
+        if name in known and name not in ("method", "options", "source"):
+            recipe = dataclasses.replace(recipe, **{name: value})
+        else:
+            recipe = dataclasses.replace(recipe, options={**recipe.options, name: value})
+    return recipe
+
+
+@main.command("train")
+@click.argument("method", type=click.Choice(list(METHODS)), required=False)
+@click.option("--data", help="digits, folder:ROOT, ...")
+@click.option("--student", help="NAME, NAME(option=value, ...), or FILE.safetensors to begin from.")
+@click.option(
+    "--teacher", help="The file of a trained network, or NAME=FILE, or a pretrained timm:NAME(pretrained=True)."
+)
+@click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), help="Of a paper; by default the method's.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for all that the training leaves.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Folder of a training to go on with; no other options.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Milestones of the recipe move in proportion.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Another number of the recipe or the method."
+)
+@click.option("--process", type=click.Path(), help="DistPro: follow this process instead of searching one.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
+@click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches a step.")
+@click.option("--ema", type=float, help="Decay of a moving average of the student, which is then exported.")
+@click.option("--channels-last", is_flag=True, help="Memory layout of networks and images.")
+@click.option("--compile", "compile_", is_flag=True, help="torch.compile student and teacher.")
+@click.option(
+    "--on-broken", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Broken images."
+)
+@click.option("--evaluate-every", type=click.IntRange(min=1), default=1, show_default=True, help="Epochs.")
+@click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps; by default each epoch.")
+@click.option("--tensorboard/--no-tensorboard", default=True, show_default=True)
+def train_command(
+    method: str | None,
+    data: str | None,
+    student: str | None,
+    recipe_name: str | None,
+    out: Path | None,
+    resume: Path | None,
+    epochs: int | None,
+    changes: tuple[str, ...],
+    device: str,
+    compile_: bool,
+    tensorboard: bool,
+    **others,
+) -> None:
+    """Train a student by METHOD; under torchrun, in several processes."""
+    device = torch.device(device)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.start(device)
+    try:
+        if resume is not None:
+            settings, folder = Settings.load(resume), resume
+            if not (folder / CHECKPOINT).exists():
+                click.echo(f"{folder} has no checkpoint yet: its training begins anew.")
+        else:
+            needed = {"METHOD": method, "--data": data, "--student": student, "--out": out}
+            if missing := [name for name, value in needed.items() if not value]:
+                raise click.UsageError(f"A training needs {', '.join(missing)}; or --resume and its folder.")
+            recipe = RECIPES[recipe_name] if recipe_name else default_recipe(method, bool(others["process"]))
+            if recipe.method != method:
+                raise click.UsageError(f"The recipe {recipe_name} is of {recipe.method}, not of {method}.")
+            recipe = _changed(recipe.scaled(epochs) if epochs else recipe, changes)
+            settings, folder = Settings(recipe, data, student, device=str(device), compile=compile_, **others), out
+            if (folder / CHECKPOINT).exists():
+                raise click.UsageError(
+                    f"{folder} holds a training already; go on with --resume {folder}, or name another --out."
+                )
+            _folder(click.get_current_context(), None, folder)
+        first = distributed.rank() == 0
+        console = Console(quiet=not first)
+        if first:
+            _print_rows(
+                [(name, str(value)) for name, value in dataclasses.asdict(settings).items() if name != "recipe"]
+            )
+            _print_rows(as_rows(settings.recipe))
+        _train(settings, folder, console, tensorboard and first)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        raise click.ClickException(
+            str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+        ) from error
+    finally:
+        distributed.stop()
+
+
+def _train(settings: Settings, folder: Path, console: Console, tensorboard: bool) -> None:
+    watch: list[Watch] = []
+    training = Training(settings, folder, lambda record: watch[0].step(record), lambda record: watch[0].epoch(record))
+    trainer = training.trainer
+    with Watch(console, training.steps, folder / "tensorboard" if tensorboard else None, trainer.step) as started:
+        watch.append(started)
+        results = training.run()
+    for which in ("best", "last"):
+        record = results[which]
+        if record is not None and record["accuracy"] is not None:
+            chosen = f", chosen on {results['best_selected_on']} images" if which == "best" else ""
+            console.print(
+                f"{which} epoch{chosen}: {record['epoch'] + 1}, {100 * record['accuracy']:.2f} % of the test images"
+            )
+    console.print(f"best.safetensors, last.safetensors and results.json are in {folder}/")
+
+
+@main.command()
+@click.argument("trained", type=click.Path(path_type=Path))
+@click.option(
+    "--which", type=click.Choice(["best", "last"]), default="last", show_default=True, help="Epoch, of a folder."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Safetensors file of the bare student's state.")
+@click.option("--onnx", type=click.Path(path_type=Path), help="ONNX file of the student.")
+def export(trained: Path, which: str, out: Path | None, onnx: Path | None) -> None:
+    """Write the bare student of TRAINED, a folder of kdfast train or a student's file."""
+    if out is None and onnx is None:
+        raise click.UsageError("Name at least one of --out and --onnx.")
+    try:
+        network, weights, about = read_student(trained / f"{which}.safetensors" if trained.is_dir() else trained)
+        if out is not None:
+            atomically(out, lambda aside: save_file(weights, aside, {"format": "pt"}))
+        if onnx is not None:
+            write_onnx(onnx, network, tuple(about["shape"]))
+    except (ValueError, OSError, ImportError) as error:
+        raise click.ClickException(str(error)) from error
+    accuracy = "not measured" if about["accuracy"] is None else f"{100 * about['accuracy']:.2f} % of the test images"
+    click.echo(f"{about['network']}, {about['classes']} classes, epoch {about['epoch'] + 1}: {accuracy}")
 
 
 if __name__ == "__main__":

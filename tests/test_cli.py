@@ -1,12 +1,19 @@
+import errno
 import json
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from kdfast.cli import main
+from kdfast.meta import Process
+from kdfast.models import CifarResNet
+from kdfast.train.compare import TITLES
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -18,27 +25,41 @@ def invoke(*arguments):
 def test_compare_leaves_a_table_and_a_whole_report(tmp_path):
     out = tmp_path / "runs" / "demo"
     threads = torch.get_num_threads()
-    result = invoke("compare", "--data", "digits", "--out", str(out), "--seeds", "2", "--epochs", "2")
+    result = invoke(
+        "compare", "--data", "digits", "--out", str(out), "--seeds", "2", "--epochs", "4", "--processes", "1"
+    )
     assert result.exit_code == 0, result.output
     assert torch.get_num_threads() == threads
 
     results = json.loads((out / "results.json").read_text())
-    assert list(results["methods"]) == ["alone", "kd", "mkd", "distpro"]
+    assert list(results["methods"]) == list(TITLES)
     for method in results["methods"].values():
         assert len(method["accuracy"]) == 2 and all(0 <= a <= 1 for a in method["accuracy"])
         assert method["step_ms"] > 0
-    assert results["settings"]["epochs"] == 2 and results["settings"]["seeds"] == [0, 1]
+    assert results["settings"]["epochs"] == 4 and results["settings"]["seeds"] == [0, 1]
     for name in ("accuracy", "temperatures", "pathways"):
         assert (out / f"{name}.png").read_bytes().startswith(PNG)
     report = (out / "report.md").read_text()
-    for title in ("student alone", "KD", "MKD", "DistPro"):
+    for title in TITLES.values():
         assert title in report and title in result.output
     assert (out / "process-seed0.safetensors").exists() and (out / "process-seed1.safetensors").exists()
     assert "DistPro, seed 1:" in result.output  # a line a training, where no bar can be drawn
 
 
 def test_compare_runs_the_methods_named(tmp_path):
-    result = invoke("compare", "--out", str(tmp_path), "--seeds", "1", "--epochs", "1", "--methods", "kd, alone,kd")
+    result = invoke(
+        "compare",
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--methods",
+        "kd, alone,kd",
+        "--processes",
+        "1",
+    )
     assert result.exit_code == 0, result.output
     assert list(json.loads((tmp_path / "results.json").read_text())["methods"]) == ["kd", "alone"]
     assert not list(tmp_path.glob("process-*"))
@@ -50,8 +71,8 @@ def test_compare_runs_the_methods_named(tmp_path):
         (("--data", "cifar"), "'cifar' is not 'digits'"),
         (("--seeds", "0"), "0 is not in the range x>=1"),
         (("--epochs", "0"), "0 is not in the range x>=1"),
-        (("--methods", "alone,fitnet"), "'fitnet' is none of alone, kd, mkd, distpro; separate several by commas."),
-        (("--methods", ""), "'' is none of alone, kd, mkd, distpro"),
+        (("--methods", "alone,fitnet"), "'fitnet' is none of alone, kd,"),
+        (("--methods", ""), "'' is none of alone, kd,"),
     ],
 )
 def test_bad_options_are_one_sentence(tmp_path, arguments, sentence):
@@ -85,3 +106,185 @@ def test_missing_scikit_learn_names_the_command(tmp_path, monkeypatch):
 def test_backends_prints_what_runs():
     result = invoke("backends")
     assert result.exit_code == 0 and "kd_kl" in result.output
+
+
+SMALL = ("--data", "digits", "--no-tensorboard", "--set", "augment=none", "--epochs", "1")
+STUDENT = ("--student", "resnet8(widths=(2,2,4))")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of a teacher, a searched process, and a student that followed it, each with the command line alone."""
+    folder = tmp_path_factory.mktemp("trained")
+    teacher = ("--student", "resnet8(widths=(4,4,4))")
+    commands = [
+        ("alone", *SMALL, *teacher, "--out", folder / "teacher"),
+        ("distpro", *SMALL, *STUDENT, "--teacher", folder / "teacher/last.safetensors", "--out", folder / "search"),
+        # Another pair: the student is wider; the pathways are the same.
+        ("distpro", *SMALL, "--student", "resnet8(widths=(4,4,8))", "--teacher", folder / "teacher/best.safetensors",
+         "--process", folder / "search/process.safetensors", "--out", folder / "retrained"),
+    ]  # fmt: skip
+    for command in commands:
+        result = invoke("train", *map(str, command))
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_train_leaves_students_results_and_every_number(trained):
+    for name in ("teacher", "search", "retrained"):
+        results = json.loads((trained / name / "results.json").read_text())
+        assert results["last"]["epoch"] == 0 and 0 <= results["best"]["accuracy"] <= 1
+        assert results["best_selected_on"] == "test"
+        assert results["settings"] == json.loads((trained / name / "settings.json").read_text())
+        assert {"lr", "weight_decay", "milestones", "source"} <= set(results["settings"]["recipe"])
+        assert {path.name for path in (trained / name).glob("*.safetensors")} >= {
+            "best.safetensors", "last.safetensors", "checkpoint.safetensors",
+        }  # fmt: skip
+    process = Process.load(trained / "search/process.safetensors")
+    assert len(process) == json.loads((trained / "search/results.json").read_text())["last"]["steps"]
+    assert not torch.equal(process.raw[0], process.raw[-1])
+    followed = Process.load(trained / "retrained/followed.safetensors")
+    assert torch.equal(followed.weights, process.weights)
+
+
+def test_train_prints_every_number_and_both_epochs(tmp_path):
+    result = invoke("train", "alone", *SMALL, *STUDENT, "--set", "lr=0.0123", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    for text in (
+        "0.0123",
+        "weight_decay",
+        "precision",
+        "last epoch: 1",
+        "best epoch, chosen on test images: 1",
+        "images/s",
+    ):
+        assert text in result.output, text
+
+
+def test_train_writes_curves_for_tensorboard(tmp_path):
+    arguments = [argument for argument in SMALL if argument != "--no-tensorboard"]
+    result = invoke("train", "alone", *arguments, *STUDENT, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss/task", "images/s", "accuracy/test", "learning rate"} <= set(events.Tags()["scalars"])
+
+
+def test_export_writes_the_bare_state_and_onnx(trained, tmp_path):
+    out, onnx = tmp_path / "bare.safetensors", tmp_path / "student.onnx"
+    result = invoke("export", str(trained / "retrained"), "--out", str(out), "--onnx", str(onnx))
+    assert result.exit_code == 0, result.output
+    network = CifarResNet(8, (4, 4, 8), in_channels=1)
+    network.load_state_dict(load_file(out))
+    session = pytest.importorskip("onnxruntime").InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    images = torch.randn(3, 1, 8, 8)
+    (logits,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), network.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("kd",), "A training needs --data, --student, --out"),
+        (("kd", *SMALL, *STUDENT), "kd needs a teacher; train one with 'kdfast train alone'"),
+        (("kd", *SMALL, *STUDENT, "--teacher", "resnet20"), "The teacher resnet20 has no trained weights"),
+        (("alone", *SMALL, *STUDENT, "--teacher", "resnet20"), "alone takes no teacher, got resnet20"),
+        (("alone", *SMALL, *STUDENT, "--set", "scale=1"), "alone has no option 'scale', only task_loss"),
+        (("alone", *SMALL, *STUDENT, "--set", "lr"), "--set needs NAME=VALUE, got 'lr'"),
+        (("alone", *SMALL, *STUDENT, "--recipe", "kd-cifar100"), "kd-cifar100 is of kd, not of alone"),
+        (("alone", *SMALL, *STUDENT, "--process", "x"), "Only distpro follows a process"),
+        (("alone", "--data", "nothing", *STUDENT), "got 'nothing'"),
+        (("alone", *SMALL, *STUDENT, "--ema", "2"), "ema must be a decay in (0, 1), got 2.0"),
+        (("alone", *SMALL, *STUDENT, "--set", "lr=1e30"), "is not finite"),
+    ],
+)
+def test_trainings_that_cannot_be_are_one_sentence(tmp_path, arguments, sentence):
+    out = () if arguments == ("kd",) else ("--out", str(tmp_path / "run"))
+    result = invoke("train", *arguments, *out)
+    assert result.exit_code in (1, 2)
+    assert sentence in " ".join(result.output.split()) and "Traceback" not in result.output
+
+
+def spoil(path, content):
+    whole = path.read_bytes()
+    path.write_bytes(content(whole))
+    return path
+
+
+@pytest.mark.parametrize("file", ["checkpoint.safetensors", "settings.json"])
+def test_spoilt_training_is_one_sentence_and_stays_as_it_is(trained, tmp_path, file):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained / "teacher", folder)
+    spoil(folder / file, lambda whole: whole[: len(whole) // 2])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = invoke("train", "--resume", str(folder), "--no-tensorboard")
+    assert result.exit_code == 1 and "use another copy" in result.output and "Traceback" not in result.output
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_training_is_never_overwritten(trained):
+    before = (trained / "teacher/checkpoint.safetensors").read_bytes()
+    result = invoke("train", "alone", *SMALL, *STUDENT, "--out", str(trained / "teacher"))
+    assert result.exit_code == 2 and "holds a training already; go on with --resume" in " ".join(result.output.split())
+    assert (trained / "teacher/checkpoint.safetensors").read_bytes() == before
+    assert "no settings.json" in invoke("train", "--resume", str(trained)).output
+
+
+def test_spoilt_processes_are_one_sentence(trained, tmp_path):
+    whole = (trained / "search/process.safetensors").read_bytes()
+    edited = Process.load(trained / "search/process.safetensors")
+    edited.raw[0, 0] = torch.nan
+    edited.save(tmp_path / "edited.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "foreign.safetensors").write_bytes((trained / "teacher/last.safetensors").read_bytes())
+    for name, sentence in (
+        ("cut", "cannot be read as a process"),
+        ("edited", "it was edited"),
+        ("foreign", "must be a file of Process.save"),
+        ("missing", "there is no such file"),
+    ):
+        result = invoke(
+            "train", "distpro", *SMALL, *STUDENT, "--teacher", str(trained / "teacher/last.safetensors"),
+            "--process", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / "run"),
+        )  # fmt: skip
+        assert result.exit_code == 1 and sentence in " ".join(result.output.split()), result.output
+        assert not (tmp_path / "run/checkpoint.safetensors").exists()
+
+
+def test_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = invoke("train", "alone", *SMALL, *STUDENT, "--out", str(tmp_path))
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "could not be written (No space left on device); nothing was left there." in " ".join(result.output.split())
+
+
+@pytest.fixture
+def images(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(4):
+                image.new("RGB", (8, 8), (30 * i, 90, 200)).save(tmp_path / part / name / f"{i}.png")
+    return tmp_path
+
+
+def test_broken_images_and_too_few_classes_are_one_sentence(images, tmp_path):
+    arguments = ("train", "alone", "--data", f"folder:{images}", *SMALL[2:], *STUDENT, "--set", "batch_size=2")
+    (images / "train/cat/2.png").write_bytes(b"no image")
+    result = invoke(*arguments, "--out", str(tmp_path / "run"))
+    assert result.exit_code == 1 and "cannot be read as an image" in result.output
+    result = invoke(*arguments, "--out", str(tmp_path / "run"), "--on-broken", "skip")
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(images / "train/dog")
+    result = invoke(*arguments, "--out", str(tmp_path / "run2"))
+    assert result.exit_code == 1 and "at least two classes, got 1" in " ".join(result.output.split())
+
+
+def test_recipes_are_listed_with_their_sources():
+    result = invoke("recipes")
+    assert result.exit_code == 0 and "distpro-cifar100-search: Deng et al." in result.output
+    assert "0.05" in invoke("recipes", "mkd-cifar100").output

@@ -7,11 +7,14 @@ The meta-gradient engine needs exactly this split: it asks the network for its o
 point, and the head for its gradient in the meta-parameters there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+Loss = Callable[[Any, Any], Tensor]  # of (logits, targets), to a scalar
 
 
 class Distiller(nn.Module):
@@ -21,11 +24,24 @@ class Distiller(nn.Module):
         student: the network to train.
         teacher: a trained network, or None. It is frozen and stays in eval mode whatever `train()` is
             called with, moves with `to()`, and is no part of `state_dict()` or `parameters()`.
+        task_loss: of (what `logits` makes of the outputs, the targets), to a scalar; cross-entropy unless given.
+        validation_loss: of the same, on held-out data: what meta-parameters are learned to lower and what a trainer
+            reports. The task loss unless given.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None = None):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        task_loss: Loss = cross_entropy,
+        validation_loss: Loss | None = None,
+    ):
         super().__init__()
-        self.student = student
+        for name, loss in (("task_loss", task_loss), ("validation_loss", validation_loss)):
+            if not callable(loss) and (loss is not None or name == "task_loss"):
+                raise TypeError(f"{name} must be a function of (logits, targets), got {type(loss).__name__}.")
+        self.student, self.task_loss, self._validation_loss = student, task_loss, validation_loss
         self._teacher = (teacher,)  # in a tuple, so that nn.Module does not register it
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -53,11 +69,11 @@ class Distiller(nn.Module):
         raise NotImplementedError
 
     def validation_loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """What the meta-parameters are learned to lower. Default: cross-entropy of the logits."""
-        return nn.functional.cross_entropy(self.logits(outputs), targets)
+        """What the meta-parameters are learned to lower, and the measure of held-out data."""
+        return (self._validation_loss or self.task_loss)(self.logits(outputs), targets)
 
     def logits(self, outputs: Any) -> Tensor:
-        """The student's logits [batch, classes] among its outputs."""
+        """What the task loss takes of the student's outputs: the logits [batch, classes], or another task's like."""
         return outputs
 
     def meta_parameters(self) -> Iterator[nn.Parameter]:

@@ -4,51 +4,41 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdfast.losses.pathways import pathway_distances, pathway_loss
-from kdfast.meta.process import Process
-from kdfast.methods.base import Distiller
+from kdfast.meta.process import Process, ProcessStep
+from kdfast.methods.base import Loss
+from kdfast.methods.features import FeatureDistiller, Features
+from kdfast.methods.pathway_weights import PathwayWeights, constant
 from kdfast.methods.transforms import TRANSFORMS
 
-Features = tuple[Tensor, list[Tensor]]  # logits [batch, classes], features of [batch, channels_i, height_i, width_i]
+PATHWAYS = ("full", "triangular")
 
 
-class PathwayWeights(nn.Module):
-    """Biased softmax: alpha_p = exp(a_p) / (sum_q exp(a_q) + exp(bias)), so that the weights sum to less than 1.
-
-    Args:
-        count: number of pathways.
-        bias: the paper's g.
-        initial: value all `raw` parameters start at; equal to the bias, each weight starts at 1 / (count + 1).
-    """
-
-    def __init__(self, count: int, bias: float = 1.0, initial: float = 1.0):
-        super().__init__()
-        self.raw = nn.Parameter(torch.full((count,), initial))
-        self.bias = bias
-
-    def forward(self) -> Tensor:  # [pathways]
-        return torch.cat([self.raw, self.raw.new_full((1,), self.bias)]).softmax(0)[:-1]
-
-
-class DistPro(Distiller):
+class DistPro(FeatureDistiller):
     """Every student feature to every teacher feature through every transform, weighted by what validation says.
 
-    Train loss: CE(student, labels) + scale * sum_p alpha_p * hcl(transform_p(student feature), teacher feature).
+    Train loss: task(student, labels) + scale * sum_p alpha_p * hcl(transform_p(student feature), teacher feature).
 
     *Search*: alpha is learned with `meta_kd_step`; record it each step in a `Process`. *Retrain*: `follow` a stored
     process, stretched to the training's length, with ordinary steps on all the data; pathways whose raw weight is
     at most `clip` are not computed.
 
     Args:
-        student: called with ``features=True`` returns logits [batch, classes] and a list of feature maps.
+        student: see `FeatureDistiller`; features may be maps or a transformer's tokens.
         teacher: the same.
-        student_channels: channels of the student's features; by default its `widths`.
-        teacher_channels: the same of the teacher's.
-        transforms: names of the candidates, of "conv1", "conv2", "conv3" (see `kdfast.methods.transforms`).
+        student_channels, teacher_channels: see `FeatureDistiller`.
+        transforms: names of the candidates, of "conv1", "conv2", "conv3", "complex" (see `kdfast.methods.transforms`).
+        connections: "full": every student feature to every teacher feature; "triangular": to those not deeper than
+            itself, as in the published code and the paper's 15 pathways on ImageNet.
+        attention: of the transforms: "linear", "sigmoid" or "none".
+        normalisation: of the weights, see `PathwayWeights`.
+        bias: the paper's g.
         scale: factor on the weighted sum. The paper names none.
         clip: the paper's threshold on the raw weights.
+        task_loss, validation_loss: see `Distiller`.
 
     Attributes:
         pathways: names of the pathways, "s0-t1-conv2" for the student's first feature to the teacher's second.
@@ -78,12 +68,26 @@ class DistPro(Distiller):
         student_channels: Sequence[int] | None = None,
         teacher_channels: Sequence[int] | None = None,
         transforms: Sequence[str] = ("conv1", "conv2", "conv3"),
+        connections: str = "full",
+        attention: str = "linear",
+        normalisation: str = "biased_softmax",
+        bias: float = 1.0,
         scale: float = 1.0,
         clip: float = 0.5,
+        task_loss: Loss = cross_entropy,
+        validation_loss: Loss | None = None,
     ):
-        super().__init__(student, teacher)
-        self.student_channels = _channels("student", student, student_channels)
-        self.teacher_channels = _channels("teacher", teacher, teacher_channels)
+        super().__init__(
+            student,
+            teacher,
+            student_channels=student_channels,
+            teacher_channels=teacher_channels,
+            paired=False,
+            task_loss=task_loss,
+            validation_loss=validation_loss,
+        )
+        if connections not in PATHWAYS:
+            raise ValueError(f"connections must be one of {', '.join(map(repr, PATHWAYS))}, got {connections!r}.")
         unknown = [name for name in transforms if name not in TRANSFORMS]
         if unknown or not transforms:
             raise ValueError(
@@ -92,24 +96,16 @@ class DistPro(Distiller):
         self._ends, self.pathways, blocks = [], [], []
         for s, narrow in enumerate(self.student_channels):
             for t, wide in enumerate(self.teacher_channels):
+                if connections == "triangular" and t > s:
+                    continue
                 for name in transforms:
                     self._ends.append((s, t))
                     self.pathways.append(f"s{s}-t{t}-{name}")
-                    blocks.append(TRANSFORMS[name](narrow, wide))
+                    blocks.append(TRANSFORMS[name](narrow, wide, attention=attention))
         self.transforms = nn.ModuleList(blocks)
-        self.weights = PathwayWeights(len(blocks))
+        self.weights = PathwayWeights(len(blocks), bias, normalisation=normalisation)
         self.scale, self.clip = scale, clip
         self._process: Process | None = None
-
-    def student_outputs(self, inputs: Tensor) -> Features:
-        return self.student(inputs, features=True)
-
-    @torch.no_grad()
-    def teacher_outputs(self, inputs: Tensor) -> Features:
-        return self.teacher(inputs, features=True)
-
-    def logits(self, outputs: Features) -> Tensor:
-        return outputs[0]
 
     def losses(
         self,
@@ -124,7 +120,7 @@ class DistPro(Distiller):
             weights, kept = self._step_weights.to(logits.device, non_blocking=True), self._kept
         students, teachers = self._ends_met(features, teacher_outputs[1], kept)
         pathways = pathway_loss(students, teachers, self.scale * weights) if students else weights.sum()  # of none: 0
-        return {"task": F.cross_entropy(logits, targets), "pathways": pathways}
+        return {"task": self.task_loss(logits, targets), "pathways": pathways}
 
     def pathway_losses(
         self,
@@ -140,12 +136,7 @@ class DistPro(Distiller):
         self, student_features: list[Tensor], teacher_features: list[Tensor], kept: Sequence[int]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """For each pathway in `kept` the transformed student's feature and the teacher's, of one shape."""
-        if (len(student_features), len(teacher_features)) != (len(self.student_channels), len(self.teacher_channels)):
-            raise ValueError(
-                f"DistPro was built for {len(self.student_channels)} student and {len(self.teacher_channels)} teacher "
-                f"features, got {len(student_features)} and {len(teacher_features)}; give student_channels and "
-                "teacher_channels, one number a feature."
-            )
+        student_features, teacher_features = self.maps((None, student_features), (None, teacher_features))
         ends = [self._ends[p] for p in kept]
         moved = [
             self.transforms[p](student_features[s], teacher_features[t].shape[2:])
@@ -163,15 +154,31 @@ class DistPro(Distiller):
         return (p for p in self.parameters() if id(p) not in learned)
 
     def follow(self, process: Process) -> None:
-        """Take the weights from a stored process from now on, beginning at its first step."""
+        """Take the weights from a stored process from now on, beginning at its first step.
+
+        A process of other pathways is carried over first, with `kdfast.methods.transfer`.
+        """
         if process.pathways != self.pathways:
             raise ValueError(
                 f"The process must be of this DistPro's {len(self.pathways)} pathways ({self.pathways[0]}, ...), got "
                 f"{len(process.pathways)} ({', '.join(process.pathways[:1])}, ...); build both with the same "
-                "transforms and features."
+                "transforms and features, or carry it over with kdfast.methods.transfer."
             )
         self._process = process
         self.set_step(0)
+
+    def fix(self, step: ProcessStep | None = None) -> None:
+        """Weights that do not change, the paper's two baselines.
+
+        Args:
+            step: "use alpha_T": ``process.at(len(process) - 1)``; by default "equally weighted".
+        """
+        self.follow(constant(self.pathways, step))
+
+    def start_step(self, step: int) -> None:
+        """Where a process is followed: its weights of this step, at its end the last ones."""
+        if self._process is not None:
+            self.set_step(min(step, len(self._process) - 1))
 
     def set_step(self, step: int) -> None:
         """The weights of this step of the process that is followed; the pathways at or below `clip` are dropped."""
@@ -186,12 +193,23 @@ class DistPro(Distiller):
         """The share of pathways not computed in this step, in [0, 1]; `Process.dropped_share` has the whole run's."""
         return 0.0 if self._process is None else 1 - len(self._kept) / len(self.pathways)
 
+    @torch.no_grad()
+    def saved_share(self, process: Process, inputs: Tensor) -> float:
+        """The share of the transforms' multiply-adds that dropping saves over a whole process, in [0, 1].
 
-def _channels(role: str, network: nn.Module, channels: Sequence[int] | None) -> tuple[int, ...]:
-    channels = getattr(network, "widths", None) if channels is None else channels
-    if channels is None:
-        raise ValueError(
-            f"DistPro needs {role}_channels, the channels of each feature of the {role}: a {type(network).__name__} "
-            "does not tell them in `widths`."
-        )
-    return tuple(channels)
+        Args:
+            process: of this DistPro's pathways.
+            inputs: a batch [batch, ...], whose features' sizes are counted with.
+        """
+        mode = self.training
+        self.eval()  # so that no statistics change
+        students, teachers = self.maps(self.student_outputs(inputs), self.teacher_outputs(inputs))
+        costs = []
+        for (s, t), transform in zip(self._ends, self.transforms, strict=True):
+            with FlopCounterMode(display=False) as counter:
+                transform(students[s], teachers[t].shape[2:])
+            costs.append(counter.get_total_flops())
+        self.train(mode)
+        costs = torch.tensor(costs, dtype=torch.float64)
+        dropped = (process.raw <= self.clip).double()  # [steps, pathways]
+        return ((dropped @ costs).mean() / costs.sum()).item()

@@ -89,3 +89,9 @@ class CifarResNet(nn.Module):
             taps.append(x)
         logits = self.classifier(x.mean((2, 3)))
         return (logits, taps) if features else logits
+
+    def parts(self) -> tuple[list[nn.Module], nn.Module]:
+        """The stages in order, the stem in the first, and the head: run one after another they are the network."""
+        first = nn.Sequential(self.conv, self.bn, nn.ReLU(), self.stages[0])
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier)
+        return [first, *self.stages[1:]], head

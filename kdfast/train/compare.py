@@ -1,19 +1,40 @@
 """The comparison behind `kdfast compare`: one teacher, then one student a method and seed, all else equal."""
 
+import inspect
+import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kdfast.data import DigitsSplit, ImageSet, TensorLoader, load_digits
 from kdfast.meta import Process
-from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
+from kdfast.methods import METHODS, Alone, Distiller
 from kdfast.models import CifarResNet
-from kdfast.train.loop import Batches, StepRecord, fit, warmup_cosine
+from kdfast.train.files import atomically
+from kdfast.train.history import StepRecord
+from kdfast.train.loop import Batches, repeated_warmup_cosine
+from kdfast.train.trainer import Trainer
 
-TITLES = {"alone": "student alone", "kd": "KD", "mkd": "MKD", "distpro": "DistPro"}
+TITLES = {
+    name: title
+    for name, title in {
+        "alone": "student alone",
+        "kd": "KD",
+        "at": "AT",
+        "reviewkd": "ReviewKD",
+        "mkd": "MKD",
+        "distpro": "DistPro",
+        "metadistiller": "MetaDistiller",
+        "self_guidance": "Self-Guidance",
+        "stagewise": "stage by stage",
+    }.items()
+    if name in METHODS
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,8 @@ class Recipe:
     epochs: int = 150
     kd_alpha: float = 0.1
     kd_temperature: float = 4.0
+    at_weight: float = 100.0
+    reviewkd_weight: float = 5.0
     mkd_initial_temperature: float = 4.0
     mkd_span: float = 2.0
     mkd_lr: float = 3e-3  # of AdamW
@@ -45,6 +68,14 @@ class Recipe:
     distpro_lr: float = 0.05  # of Adam
     distpro_held_out: float = 0.2  # share of the training images on which the weights are learned, in the search
     distpro_search_epochs: int = 38
+    metadistiller_alpha: float = 0.5
+    metadistiller_temperature: float = 1.0
+    metadistiller_every: int = 5  # epochs
+    metadistiller_lr: float = 0.1  # of Adam
+    metadistiller_exit: str = "linear"
+    self_guidance_strength: float = 0.25
+    self_guidance_temperature: float = 3.0
+    self_guidance_survival: float = 0.5
     evaluate_every: int = 5  # epochs
 
     @property
@@ -65,6 +96,30 @@ class Recipe:
         """How many training steps `compare` will take, for a progress bar."""
         students = len(methods) * self.epochs + ("distpro" in methods) * self.distpro_search_epochs
         return self.epoch_steps * (self.teacher_epochs + seeds * students)
+
+    def options(self, method: str) -> dict[str, Any]:
+        """What the class of a method is made with, beside the networks."""
+        return {
+            "alone": {},
+            "kd": {"alpha": self.kd_alpha, "temperature": self.kd_temperature},
+            "at": {"weight": self.at_weight},
+            "reviewkd": {"weight": self.reviewkd_weight},
+            "mkd": {"initial_temperature": self.mkd_initial_temperature, "span": self.mkd_span},
+            "distpro": {"scale": self.distpro_scale, "clip": self.distpro_clip},
+            "metadistiller": {
+                "alpha": self.metadistiller_alpha,
+                "temperature": self.metadistiller_temperature,
+                "meta_every_epochs": self.metadistiller_every,
+                "exit": self.metadistiller_exit,
+            },
+            "self_guidance": {
+                "strength": self.self_guidance_strength,
+                "temperature": self.self_guidance_temperature,
+                "last_survival": self.self_guidance_survival,
+            },
+            # Phases of equal length, whose learning rates the comparison's schedule gives: no plateau ends one.
+            "stagewise": {"schedule": "plateau", "patience": self.epochs},
+        }[method]
 
 
 @dataclass(frozen=True)
@@ -118,42 +173,44 @@ def compare(
     methods: Sequence[str] = tuple(TITLES),
     seeds: Sequence[int] = (0, 1, 2),
     evaluate_on: str = "test",
-    on_step: Callable[[str], None] = lambda training: None,
+    processes: int = 1,
     on_run: Callable[[str, Run], None] = lambda training, run: None,
 ) -> Comparison:
     """Train a teacher on the digits, then a student by each method with each seed, all else equal.
 
     Same training images, student, initial weights, optimizer, schedule and number of steps. A seed gives the same
-    result again on the same machine, whichever other methods run.
+    result again on the same machine, whichever other methods run, in however many processes.
 
     Args:
         recipe: the numbers.
         folder: where DistPro's processes are stored, ``process-seed<seed>.safetensors``; it must exist.
-        methods: of "alone", "kd", "mkd", "distpro".
+        methods: names of `TITLES`.
         seeds: of the students: initial weights, batches, shifts. The first one is the teacher's too.
         evaluate_on: "test", or "validation" to choose the numbers of a recipe.
-        on_step: called with the training's name after each step.
+        processes: in how many of them the students are trained, each with one thread; 1: in this one.
         on_run: called with the training's name and result after each training.
 
     Raises:
         ImportError: without scikit-learn, which carries the digits; it names the command that installs it.
     """
     split = load_digits(recipe.train_per_class, recipe.validation_per_class)
-    bench = _Bench(recipe, split, getattr(split, evaluate_on), folder, on_step)
+    bench = _Bench(recipe, split, evaluate_on, folder)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds[0])
-        teacher = bench.network(recipe.teacher_depth, recipe.teacher_widths)
-        batches = bench.loader(split.train, seeds[0], recipe.teacher_shift)
-        teacher_run = bench.train(
-            "teacher", Alone(teacher), batches, recipe.teacher_epochs, weight_decay=recipe.teacher_weight_decay
-        )
+        teacher, teacher_run = bench.teacher(seeds[0])
         on_run("teacher", teacher_run)
-        runs: dict[str, list[Run]] = {name: [] for name in methods}
-        for seed in seeds:
-            for name in methods:
-                run = getattr(bench, name)(teacher, seed)
-                on_run(_training(name, seed), run)
-                runs[name].append(run)
+        trainings = [(name, seed) for seed in seeds for name in methods]
+        results: dict[tuple[str, int], Run] = {}
+        if processes == 1:
+            for name, seed in trainings:
+                results[name, seed] = bench.run(name, teacher, seed)
+                on_run(_training(name, seed), results[name, seed])
+        else:
+            spawn = multiprocessing.get_context("spawn")  # a fork would take over the thread pools' locks
+            with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
+                waiting = {pool.submit(bench.run, name, teacher, seed): (name, seed) for name, seed in trainings}
+                for done in as_completed(waiting):
+                    results[waiting[done]] = done.result()
+                    on_run(_training(*waiting[done]), done.result())
         networks = {"teacher": teacher, "student": bench.student(seeds[0])}
     return Comparison(
         recipe=recipe,
@@ -163,7 +220,7 @@ def compare(
         seeds=tuple(seeds),
         teacher=teacher_run,
         parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
-        runs=runs,
+        runs={name: [results[name, seed] for seed in seeds] for name in methods},
     )
 
 
@@ -172,12 +229,11 @@ def _training(method: str, seed: int) -> str:
 
 
 class _Bench:
-    """What all trainings share; a method of it for each of theirs."""
+    """What all trainings share."""
 
-    def __init__(
-        self, recipe: Recipe, split: DigitsSplit, evaluation: ImageSet, folder: Path, on_step: Callable[[str], None]
-    ):
-        self.recipe, self.split, self.evaluation, self.folder, self.on_step = recipe, split, evaluation, folder, on_step
+    def __init__(self, recipe: Recipe, split: DigitsSplit, evaluate_on: str, folder: Path):
+        self.recipe, self.split, self.folder = recipe, split, folder
+        self.evaluation: ImageSet = getattr(split, evaluate_on)
 
     def network(self, depth: int, widths: Sequence[int]) -> CifarResNet:
         return CifarResNet(depth, widths, in_channels=1, classes=10)
@@ -186,6 +242,11 @@ class _Bench:
         """The student with the initial weights of a seed; what is drawn after it is the seed's too."""
         torch.manual_seed(seed)
         return self.network(self.recipe.student_depth, self.recipe.student_widths)
+
+    def distiller(self, method: str, teacher: CifarResNet, seed: int) -> Distiller:
+        kind = METHODS[method]
+        networks = (self.student(seed), teacher)[: 1 + ("teacher" in inspect.signature(kind).parameters)]
+        return kind(*networks, **self.recipe.options(method))
 
     def loader(self, data: ImageSet, seed: int, shift: int = 0) -> TensorLoader:
         return TensorLoader(
@@ -199,57 +260,65 @@ class _Bench:
 
     def train(
         self,
-        training: str,
         distiller: Distiller,
         batches: Batches,
         epochs: int,
         after_step: Callable[[StepRecord], None] = lambda record: None,
+        *,
         weight_decay: float | None = None,
+        phases: Sequence[int] | None = None,  # epochs of each, with a schedule of its own
         **options,
     ) -> Run:
-        """Train with the recipe's optimizer and schedule, and `fit`'s other `options`."""
+        """Train with the recipe's optimizer and schedule, and the `Trainer`'s other `options`."""
         recipe = self.recipe
         optimizer = torch.optim.AdamW(
             distiller.inner_parameters(),
             lr=recipe.lr,
             weight_decay=recipe.weight_decay if weight_decay is None else weight_decay,
         )
+        lengths = [phase * recipe.epoch_steps for phase in phases or (epochs,)]
+        seconds = []
 
         def callback(record: StepRecord) -> None:
+            seconds.append(record.seconds)
             after_step(record)
-            self.on_step(training)
 
-        history = fit(
+        history = Trainer(
             distiller,
             batches,
             optimizer,
             epochs=epochs,
-            scheduler=warmup_cosine(optimizer, epochs * recipe.epoch_steps, recipe.warmup),
+            scheduler=repeated_warmup_cosine(optimizer, lengths, recipe.warmup),
             callback=callback,
-            **{"evaluation": self.evaluation, "evaluate_every": recipe.evaluate_every, **options},
-        )
-        seconds = [record.seconds for record in history.steps]
-        return Run(len(seconds), 1e3 * statistics.median(seconds), sum(seconds), history.accuracy)
+            **{"evaluation": [self.evaluation], "evaluate_every": recipe.evaluate_every, **options},
+        ).run()
+        accuracy = [(record.steps, record.accuracy) for record in history.epochs if record.accuracy is not None]
+        return Run(len(seconds), 1e3 * statistics.median(seconds), sum(seconds), accuracy)
 
-    def alone(self, teacher: CifarResNet, seed: int) -> Run:
-        batches = self.loader(self.split.train, seed)
-        distiller = Alone(self.student(seed))
-        return self.train(_training("alone", seed), distiller, batches, self.recipe.epochs)
-
-    def kd(self, teacher: CifarResNet, seed: int) -> Run:
+    def teacher(self, seed: int) -> tuple[CifarResNet, Run]:
         recipe = self.recipe
-        distiller = KD(self.student(seed), teacher, alpha=recipe.kd_alpha, temperature=recipe.kd_temperature)
-        batches = self.loader(self.split.train, seed)
-        run = self.train(_training("kd", seed), distiller, batches, recipe.epochs)
-        return replace(run, temperatures=[(recipe.kd_temperature, recipe.kd_temperature)] * run.steps)
+        torch.manual_seed(seed)
+        teacher = self.network(recipe.teacher_depth, recipe.teacher_widths)
+        batches = self.loader(self.split.train, seed, recipe.teacher_shift)
+        return teacher, self.train(
+            Alone(teacher), batches, recipe.teacher_epochs, weight_decay=recipe.teacher_weight_decay
+        )
 
-    def mkd(self, teacher: CifarResNet, seed: int) -> Run:
+    def run(self, method: str, teacher: CifarResNet, seed: int) -> Run:
+        """A student by `method`: in a way of its own where `_Bench` has a method of this name."""
+        own = getattr(self, f"_{method}", None)
+        if own is not None:
+            return own(teacher, seed)
+        distiller = self.distiller(method, teacher, seed)
+        return self.train(distiller, self.loader(self.split.train, seed), self.recipe.epochs)
+
+    def _kd(self, teacher: CifarResNet, seed: int) -> Run:
+        run = self.train(self.distiller("kd", teacher, seed), self.loader(self.split.train, seed), self.recipe.epochs)
+        return replace(run, temperatures=[(self.recipe.kd_temperature, self.recipe.kd_temperature)] * run.steps)
+
+    def _mkd(self, teacher: CifarResNet, seed: int) -> Run:
         """The student learns on one part of the training images, the temperatures on the other."""
-        recipe = self.recipe
-        distiller = MKD(
-            self.student(seed), teacher, initial_temperature=recipe.mkd_initial_temperature, span=recipe.mkd_span
-        )
-        temperatures = []
+        recipe, distiller, temperatures = self.recipe, self.distiller("mkd", teacher, seed), []
 
         def record_temperatures(record: StepRecord) -> None:
             tau_s, tau_t = distiller.temperatures()
@@ -257,7 +326,6 @@ class _Bench:
 
         kept, held = self.split.train.split(recipe.mkd_held_out, seed)
         run = self.train(
-            _training("mkd", seed),
             distiller,
             self.loader(kept, seed),
             recipe.epochs,
@@ -267,44 +335,54 @@ class _Bench:
         )
         return replace(run, temperatures=temperatures)
 
-    def distpro(self, teacher: CifarResNet, seed: int) -> Run:
+    def _distpro(self, teacher: CifarResNet, seed: int) -> Run:
         """Search on a part of the training images, store the process, stretch it, retrain afresh on all of them."""
         recipe = self.recipe
         path = self.folder / f"process-seed{seed}.safetensors"
         search = self.search(teacher, seed, path)
         process = Process.load(path).resample(recipe.epochs * recipe.epoch_steps)
-        distiller = self.distpro_of(teacher, seed)
+        distiller = self.distiller("distpro", teacher, seed)
         distiller.follow(process)
-        run = self.train(
-            _training("distpro", seed),
-            distiller,
-            self.loader(self.split.train, seed),
-            recipe.epochs,
-            lambda record: distiller.set_step(min(record.step + 1, len(process) - 1)),
-        )
+        run = self.train(distiller, self.loader(self.split.train, seed), recipe.epochs)
         return replace(run, process=process, search=search)
 
     def search(self, teacher: CifarResNet, seed: int, path: Path) -> Run:
         recipe = self.recipe
-        distiller = self.distpro_of(teacher, seed)
+        distiller = self.distiller("distpro", teacher, seed)
         process = Process(distiller.pathways)
-
-        def record_weights(record: StepRecord) -> None:
-            process.record(distiller.weights(), distiller.weights.raw)
-
         kept, held = self.split.train.split(recipe.distpro_held_out, seed)
         run = self.train(
-            _training("distpro", seed) + " (search)",
             distiller,
             self.loader(kept, seed),
             recipe.distpro_search_epochs,
-            record_weights,
             validation_batches=self.loader(held, seed),
             meta_optimizer=torch.optim.Adam(distiller.meta_parameters(), lr=recipe.distpro_lr, betas=(0.5, 0.999)),
             evaluation=None,
+            process=process,
         )
-        process.save(path)
+        atomically(path, process.save)
         return run
 
-    def distpro_of(self, teacher: CifarResNet, seed: int) -> DistPro:
-        return DistPro(self.student(seed), teacher, scale=self.recipe.distpro_scale, clip=self.recipe.distpro_clip)
+    def _metadistiller(self, teacher: CifarResNet, seed: int) -> Run:
+        """All training images in most epochs; in those of the generator, a fresh half each for it and the student."""
+        recipe, distiller = self.recipe, self.distiller("metadistiller", teacher, seed)
+
+        def halves(epoch: int) -> tuple[Batches, Batches]:
+            parts = self.split.train.split(0.5, 1000 * seed + epoch)
+            return tuple(self.loader(part, 1000 * seed + epoch) for part in parts)
+
+        return self.train(
+            distiller,
+            self.loader(self.split.train, seed),
+            recipe.epochs,
+            meta_optimizer=torch.optim.Adam(distiller.meta_parameters(), lr=recipe.metadistiller_lr),
+            halves=halves,
+        )
+
+    def _stagewise(self, teacher: CifarResNet, seed: int) -> Run:
+        """As many epochs for each stage as for the head; what is left over goes to the last phases."""
+        distiller, left, phases = self.distiller("stagewise", teacher, seed), self.recipe.epochs, []
+        for remaining in range(distiller.phases, 0, -1):
+            phases.append(left // remaining)
+            left -= phases[-1]
+        return self.train(distiller, self.loader(self.split.train, seed), self.recipe.epochs, phases=phases)

@@ -1,179 +1,137 @@
-"""The training loop: one distiller, batches from memory, an optimizer; everything else is the caller's."""
+"""The pieces of a training loop: an ordinary step, schedules of the learning rate, accuracy."""
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdfast.meta import meta_kd_step
 from kdfast.methods.base import Distiller
+from kdfast.train import distributed
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # of (inputs [batch, ...], targets [batch]); iterated once an epoch
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did.
-
-    Attributes:
-        step, epoch: both count from 0.
-        loss: the training loss before the step.
-        seconds: duration of the step alone (forward, backward, update), without data and evaluation.
-    """
-
-    step: int
-    epoch: int
-    loss: float
-    seconds: float
+Batch = tuple[Tensor, Tensor]  # inputs [batch, ...], targets [batch] class indices or [batch, classes] probabilities
+Batches = Iterable[Batch]  # iterated once an epoch
 
 
-@dataclass
-class History:
-    """What a training went through.
-
-    Attributes:
-        steps: a record each.
-        accuracy: (steps done, share of the evaluation set that is right) at each evaluation.
-    """
-
-    steps: list[StepRecord] = field(default_factory=list)
-    accuracy: list[tuple[int, float]] = field(default_factory=list)
+def ordinary_step(distiller: Distiller, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
+    """One step of the student with the meta-parameters as they are; returns the loss before it, detached."""
+    return sum(accumulated_step(distiller, [batch], optimizer).values())
 
 
-def fit(
+def accumulated_step(
     distiller: Distiller,
-    batches: Batches,
+    group: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     *,
-    epochs: int,
-    scheduler: LRScheduler | None = None,
-    validation_batches: Batches | None = None,
-    meta_optimizer: torch.optim.Optimizer | None = None,
-    meta_step: Callable = meta_kd_step,
-    evaluation: tuple[Tensor, Tensor] | None = None,
-    evaluate_every: int = 1,
-    callback: Callable[[StepRecord], None] | None = None,
-) -> History:
-    """Train the student of `distiller`, and its meta-parameters where a meta-optimizer is given.
+    autocast: AbstractContextManager | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> dict[str, Tensor]:
+    """One step on the mean loss of several batches, and of all processes; returns the loss parts before it, detached.
 
     Args:
-        distiller: what is trained. It is left in training mode.
-        batches: iterated once an epoch.
+        distiller: what is trained.
+        group: the batches; their gradients are added up, so that memory holds one batch's activations.
         optimizer: of `distiller.inner_parameters()`.
-        epochs: passes over `batches`.
-        scheduler: stepped after every *step*, not every epoch.
-        validation_batches: what the meta-parameters are learned on, a batch a step; started anew whenever they end.
-        meta_optimizer: of `distiller.meta_parameters()`.
-        meta_step: `kdfast.meta_kd_step`, or a partial of it with other options.
-        evaluation: inputs ``[count, ...]`` and class indices ``[count]`` on which the accuracy is measured.
-        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
-        callback: called after every step, to show progress or to record what the method learns.
-
-    Returns:
-        The record of each step and the accuracies.
-
-    Raises:
-        ValueError: when only one of `validation_batches` and `meta_optimizer` is given, when they are given for a
-            method without meta-parameters, or when there are no batches.
-
-    Example:
-        >>> optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.1, momentum=0.9)
-        >>> history = fit(distiller, loader, optimizer, epochs=10, evaluation=test)
-        >>> steps, accuracy = history.accuracy[-1]
+        autocast: entered for each forward pass.
+        scaler: of float16 training; the step is left out where it finds an overflow.
     """
-    learns = meta_optimizer is not None
-    if learns != (validation_batches is not None):
-        given, missing = ("meta_optimizer", "validation_batches")[:: 1 if learns else -1]
-        raise ValueError(f"To learn meta-parameters fit needs {missing} beside the {given} it was given.")
-    if learns and next(distiller.meta_parameters(), None) is None:
-        raise ValueError(f"{type(distiller).__name__} has no meta-parameters; leave out the meta_optimizer.")
-    validation = _endless(validation_batches) if learns else None
-    history = History()
-    for epoch in range(epochs):
-        distiller.train()
-        for inputs, targets in batches:
-            validation_batch = next(validation) if learns else None
-            start = time.perf_counter()
-            if learns:
-                loss = meta_step(distiller, (inputs, targets), validation_batch, optimizer, meta_optimizer).loss
-            else:
-                loss = ordinary_step(distiller, (inputs, targets), optimizer)
-            loss = float(loss)  # waits for the device, so that the time measured is the step's
-            record = StepRecord(len(history.steps), epoch, loss, time.perf_counter() - start)
-            if scheduler is not None:
-                scheduler.step()
-            history.steps.append(record)
-            if callback is not None:
-                callback(record)
-        if not history.steps:
-            raise ValueError("fit needs at least one batch an epoch, got none.")
-        if evaluation is not None and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == epochs):
-            history.accuracy.append((len(history.steps), accuracy(distiller, *evaluation)))
-    return history
-
-
-def ordinary_step(
-    distiller: Distiller,
-    batch: tuple[Tensor, Tensor],  # inputs [batch, ...], targets [batch]
-    optimizer: torch.optim.Optimizer,
-) -> Tensor:
-    """One step of the student with the meta-parameters as they are; returns the loss before it, detached."""
-    inputs, targets = batch
     optimizer.zero_grad(set_to_none=True)
-    parts = distiller.losses(distiller.student_outputs(inputs), distiller.teacher_outputs(inputs), targets)
-    loss = sum(parts.values())
     # Only what the optimizer holds: meta-parameters that are fixed here would gather gradients for nothing.
-    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
-    optimizer.step()
-    return loss.detach()
+    trained = [p for held in optimizer.param_groups for p in held["params"] if p.requires_grad]
+    totals: dict[str, Tensor] = {}
+    for inputs, targets in group:
+        with autocast or nullcontext():
+            outputs = distiller.student_outputs(inputs)
+            parts = distiller.losses(outputs, distiller.teacher_outputs(inputs), targets)
+            loss = sum(parts.values()) / len(group)
+        (loss if scaler is None else scaler.scale(loss)).backward(inputs=trained)
+        for name, part in parts.items():
+            part = part.detach() / len(group)
+            totals[name] = totals[name] + part if name in totals else part
+    distributed.average_gradients(trained)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    return totals
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.0) -> LRScheduler:
-    """A schedule stepped after each step: the learning rate rises in a line, then falls to 0 along a cosine.
+def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.0, end: float = 0.0) -> LRScheduler:
+    """A schedule stepped after each step: the learning rate rises in a line, then falls along a cosine.
 
     Args:
         steps: of the whole training.
         warmup: share of the steps in which it rises, in [0, 1).
+        end: what it falls to, as a share of its highest value.
 
     Source: the cosine is Loshchilov and Hutter's, "SGDR", ICLR 2017 (arXiv:1608.03983), without restarts.
     """
-    rising = warmup * steps
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rise_and_fall(step, steps, warmup, end))
+
+
+def repeated_warmup_cosine(
+    optimizer: torch.optim.Optimizer, lengths: Sequence[int], warmup: float = 0.0
+) -> LRScheduler:
+    """`warmup_cosine` anew in each phase of a training, whose phases take `lengths` steps."""
 
     def factor(step: int) -> float:
-        if step + 1 < rising:
-            return (step + 1) / rising
-        return 0.5 + 0.5 * math.cos(math.pi * max(step - rising, 0) / (steps - rising))
+        begin = 0
+        for length in lengths[:-1]:
+            if step < begin + length:
+                return _rise_and_fall(step - begin, length, warmup, 0.0)
+            begin += length
+        return _rise_and_fall(step - begin, lengths[-1], warmup, 0.0)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def _rise_and_fall(step: int, steps: int, warmup: float, end: float) -> float:
+    rising = warmup * steps
+    if step + 1 < rising:
+        return (step + 1) / rising
+    return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * max(step - rising, 0) / (steps - rising)))
+
+
+def step_decay(optimizer: torch.optim.Optimizer, milestones: Sequence[int], factor: float = 0.1) -> LRScheduler:
+    """A schedule stepped after each step: the learning rate is multiplied by `factor` at each of the `milestones`."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor ** sum(step >= at for at in milestones))
+
+
 @torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Accuracy, in [0, 1], and mean cross-entropy of a classifier, in eval mode, which is undone.
+
+    Args:
+        model: returns logits [batch, classes].
+        batches: their targets are class indices.
+
+    Raises:
+        ValueError: without images.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    right, loss, count = 0, 0.0, 0
+    for inputs, targets in batches:
+        logits = model(inputs)  # [batch, classes]
+        right += (logits.argmax(1) == targets).sum()
+        loss += nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        count += len(targets)
+    for module, training in modes:
+        module.training = training
+    if not count:
+        raise ValueError("evaluate needs at least one batch, got none.")
+    return float(right) / count, float(loss) / count
+
+
 def accuracy(
     distiller: Distiller,
     inputs: Tensor,  # [count, ...]
     targets: Tensor,  # [count], class indices
     batch_size: int = 1024,
 ) -> float:
-    """Share of the inputs whose largest logit is the target's, in [0, 1]; measured in eval mode, which is undone."""
-    training = distiller.training
-    distiller.eval()
-    right = 0
-    for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        logits = distiller.logits(distiller.student_outputs(x))  # [batch, classes]
-        right += int((logits.argmax(1) == y).sum())
-    distiller.train(training)
-    return right / len(targets)
-
-
-def _endless(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("validation_batches must yield at least one batch, got none.")
+    """Share of the inputs whose largest logit, of the student as it is exported, is the target's, in [0, 1]."""
+    batches = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+    return evaluate(distiller.export(), batches)[0]

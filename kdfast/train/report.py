@@ -4,8 +4,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,9 +12,20 @@ from matplotlib.figure import Figure  # without pyplot: draws into files by Agg,
 from rich.table import Table
 
 from kdfast.train.compare import TITLES, Comparison, Run
+from kdfast.train.files import atomically
 
 COLUMNS = ("accuracy %", "step ms", "τ_s at the end", "τ_t at the end")
-COLOURS = {"alone": "#666666", "kd": "#1f77b4", "mkd": "#d95f02", "distpro": "#1b9e77"}
+COLOURS = {
+    "alone": "#666666",
+    "kd": "#1f77b4",
+    "at": "#9edae5",
+    "reviewkd": "#8c564b",
+    "mkd": "#d95f02",
+    "distpro": "#1b9e77",
+    "metadistiller": "#7570b3",
+    "self_guidance": "#e7298a",
+    "stagewise": "#e6ab02",
+}
 
 
 def table(comparison: Comparison) -> Table:
@@ -75,12 +84,12 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     if "distpro" in comparison.runs:
         plots["pathways.png"] = pathway_figure(comparison)
     paths = [
-        _atomically(folder / name, lambda path, figure=figure: figure.savefig(path, dpi=120))
+        atomically(folder / name, lambda path, figure=figure: figure.savefig(path, dpi=120))
         for name, figure in plots.items()
     ]
     results = json.dumps(results_dict(comparison), indent=2) + "\n"
     for name, text in (("report.md", markdown(comparison, list(plots))), ("results.json", results)):
-        paths.append(_atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8")))
+        paths.append(atomically(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8")))
     return paths
 
 
@@ -133,20 +142,6 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a file aside (of the same suffix, in the same folder), then move it to `path`."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    aside = Path(name)
-    try:
-        write(aside)
-        aside.chmod(0o644)  # mkstemp's files are their owner's alone
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
 
 
 def accuracy_figure(comparison: Comparison) -> Figure:
@@ -308,6 +303,14 @@ _ABOUT = {
         f"- **KD** (Hinton et al. 2015): {recipe.kd_alpha:g} cross-entropy + {1 - recipe.kd_alpha:g} τ² "
         f"KL(teacher || student) at τ = {recipe.kd_temperature:g}."
     ),
+    "at": lambda recipe: (
+        f"- **AT** (Zagoruyko and Komodakis 2017): cross-entropy of the labels + {recipe.at_weight:g} × the squared "
+        "difference of\n  the attention maps, summed over 3 stages."
+    ),
+    "reviewkd": lambda recipe: (
+        "- **ReviewKD** (Chen et al. 2021): cross-entropy of the labels + "
+        f"{recipe.reviewkd_weight:g} × the review loss."
+    ),
     "mkd": lambda recipe: (
         "- **MKD** (Liu et al. 2022): soft cross-entropy, without labels; τ_s and τ_t start at "
         f"{recipe.mkd_initial_temperature:g},\n  stay within ±{recipe.mkd_span / 2:g} of it, and are learned by AdamW "
@@ -322,5 +325,21 @@ _ABOUT = {
         f"stretched to {recipe.epochs} epochs and followed in a new training from the initial weights\n  on all "
         f"training images, without the pathways whose raw weight is {recipe.distpro_clip:g} or less. The table\n"
         "  has the retraining; the search comes on top."
+    ),
+    "metadistiller": lambda recipe: (
+        f"- **MetaDistiller** (Liu et al. 2020), *without a teacher*: a {recipe.metadistiller_exit} exit at each of "
+        f"the first 2 stages,\n  {recipe.metadistiller_alpha:g} cross-entropy + {1 - recipe.metadistiller_alpha:g} τ² "
+        f"KL(generator || exit) at τ = {recipe.metadistiller_temperature:g}; the generator is learned in\n  every "
+        f"{recipe.metadistiller_every}th epoch, by Adam at {recipe.metadistiller_lr:g}: fresh random halves of the "
+        "training images go to it and to the student."
+    ),
+    "self_guidance": lambda recipe: (
+        "- **Self-Guidance** (Zheng and Peng 2022), *without a teacher*: cross-entropy of the full network and of one "
+        f"with residual\n  branches left out (the last with probability {1 - recipe.self_guidance_survival:g}) + "
+        f"{recipe.self_guidance_strength:g} τ² KL(full || sampled) at τ = {recipe.self_guidance_temperature:g}."
+    ),
+    "stagewise": lambda recipe: (
+        "- **Stage by stage** (Gao et al. 2018): each of 3 stages learns the teacher's feature in turn, then the head "
+        "the labels,\n  each in a quarter of the epochs, with the schedule of the learning rate anew; no loss weight."
     ),
 }

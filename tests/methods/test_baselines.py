@@ -1,9 +1,11 @@
 """The baselines' losses against their formulas, and what every distiller promises of its teacher."""
 
+import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from kdfast.methods import KD, Alone
+from kdfast.methods import KD, MKD, Alone, DistPro
 
 
 def test_alone_is_cross_entropy(task):
@@ -37,3 +39,44 @@ def test_teacher_stays_frozen_and_out_of_the_state(task):
     mine = {id(p) for p in distiller.parameters()}
     assert not any(id(p) in mine for p in teacher.parameters())
     assert all(key.startswith("student.") for key in distiller.state_dict())
+
+
+def squared(logits, targets):
+    """A task loss that is no classification's, of targets that are no labels."""
+    return (logits - targets).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "share"),
+    [(Alone, {}, 1.0), (KD, {"alpha": 0.3}, 0.3), (MKD, {"alpha": 0.3}, 0.3), (DistPro, {}, 1.0)],
+)
+def test_the_task_loss_may_be_any(method, options, share, task):
+    networks = [task.student()] if method is Alone else [task.student(), task.teacher()]
+    distiller = method(*networks, task_loss=squared, **options)
+    inputs, targets = task.data(8)[0], torch.randn(8, 4)
+    outputs = distiller.student_outputs(inputs)
+    expected = squared(distiller.logits(outputs), targets)
+    parts = distiller.losses(outputs, distiller.teacher_outputs(inputs), targets)
+    torch.testing.assert_close(parts["task"], share * expected)
+    torch.testing.assert_close(distiller.validation_loss(outputs, targets), expected)
+    distiller = method(*networks, validation_loss=lambda logits, targets: logits.sum() * targets)
+    torch.testing.assert_close(distiller.validation_loss(outputs, 3), 3 * distiller.logits(outputs).sum())
+
+
+def test_kd_weighs_any_task_loss_like_cross_entropy(task):
+    """The fused sweep and the two terms apart are the same numbers."""
+    student, teacher = task.student(), task.teacher()
+    inputs, targets = task.data(8)
+    sums = []
+    for task_loss in (F.cross_entropy, nn.CrossEntropyLoss()):
+        distiller = KD(student, teacher, alpha=0.3, task_loss=task_loss)
+        parts = distiller.losses(distiller.student_outputs(inputs), distiller.teacher_outputs(inputs), targets)
+        sums.append(sum(parts.values()))
+    torch.testing.assert_close(sums[0], sums[1])
+
+
+def test_a_loss_must_be_a_function():
+    with pytest.raises(TypeError, match=r"task_loss must be a function of \(logits, targets\), got str"):
+        Alone(nn.Identity(), task_loss="ce")
+    with pytest.raises(TypeError, match=r"validation_loss must be a function of \(logits, targets\), got int"):
+        Alone(nn.Identity(), validation_loss=0)

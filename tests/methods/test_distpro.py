@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from kdfast.losses.kd_kl import kd_loss
 from kdfast.meta import Process, meta_kd_step
-from kdfast.methods import Distiller, DistPro, PathwayWeights
+from kdfast.methods import Distiller, DistPro, PathwayWeights, transfer
 from kdfast.methods.transforms import TRANSFORMS
 from kdfast.reference.pathways import hcl
 
@@ -40,7 +40,7 @@ def test_transform_is_conv_norm_attention_resize_conv_norm():
     transform = TRANSFORMS["conv2"](4, 6)
     x = torch.randn(2, 4, 4, 4)
     y = transform.project[1](transform.project[0](x))
-    y = y * F.conv2d(y, transform.attention.weight)
+    y = y * F.conv2d(y, transform.attention.gate.weight)
     y = y.repeat_interleave(2, 2).repeat_interleave(2, 3)  # nearest
     expected = transform.refine[0][1](F.conv2d(y, transform.refine[0][0].weight, padding=1))
     torch.testing.assert_close(transform(x, (8, 8)), expected)
@@ -106,7 +106,7 @@ def test_following_a_process_drops_pathways_and_keeps_the_weights_of_the_rest(ta
 def test_errors(task):
     student, teacher = task.student(), task.teacher()
     with pytest.raises(
-        ValueError, match=r"transforms must be one or more of 'conv1', 'conv2', 'conv3', got \('abf',\)"
+        ValueError, match=r"transforms must be one or more of 'conv1', 'conv2', 'conv3', 'complex', got \('abf',\)"
     ):
         DistPro(student, teacher, transforms=["abf"])
     with pytest.raises(ValueError, match=r"DistPro needs student_channels, .*: a Linear does not tell them"):
@@ -181,3 +181,113 @@ def test_weight_leaves_what_harms_validation(commit, task):
         meta_kd_step(distiller, task.data(32), task.data(32), optimizer, meta_optimizer, commit=commit)
     right, wrong = distiller.weights().tolist()
     assert right > 4 * wrong
+
+
+def test_complex_transforms_on_a_triangle_are_the_published_codes_pathways(task):
+    distiller = DistPro(task.student(), task.teacher(), transforms=["complex"], connections="triangular")
+    assert distiller.pathways == [f"s{s}-t{t}-complex" for s in range(3) for t in range(s + 1)]
+    torch.manual_seed(0)
+    transform = TRANSFORMS["complex"](4, 6)
+    convs = [m for m in transform.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [tuple(c.weight.shape) for c in convs] == [(4, 4, 3, 3), (1, 4, 1, 1), (4, 4, 3, 3), (6, 4, 3, 3)]
+    x = torch.randn(2, 4, 4, 4)
+    y = transform.reduce(x)
+    y = transform.middle(y * transform.attention.gate(y)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(transform(x, (8, 8)), transform.refine(y))
+
+
+def test_attention_of_a_transform():
+    x = torch.randn(2, 4, 3, 3)
+    for kind in ("linear", "sigmoid", "none"):
+        transform = TRANSFORMS["conv2"](4, 6, attention=kind)
+        y = transform.project(x)
+        gate = {"linear": lambda g, y: g(y), "sigmoid": lambda g, y: g(y).sigmoid(), "none": lambda g, y: 1}[kind]
+        torch.testing.assert_close(transform(x, (3, 3)), transform.refine(y * gate(transform.attention.gate, y)))
+    with pytest.raises(ValueError, match="attention must be one of 'linear', 'sigmoid', 'none', got 'softmax'"):
+        TRANSFORMS["conv2"](4, 6, attention="softmax")
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "formula"),
+    [
+        ("biased_softmax", lambda a: a.exp() / (a.exp().sum() + torch.tensor(2.0).exp())),
+        ("softmax", lambda a: a.exp() / a.exp().sum()),
+        ("l1_biased", lambda a: a.abs() / (a.abs().sum() + 2)),
+        ("l1", lambda a: a.abs() / a.abs().sum()),
+        ("sigmoid", lambda a: 1 / (1 + (-a).exp())),
+    ],
+)
+def test_normalisations(normalisation, formula):
+    weights = PathwayWeights(3, bias=2.0, normalisation=normalisation).double()
+    weights.raw.data = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(weights(), formula(weights.raw.data))
+
+
+def test_a_process_is_carried_over_by_depth_or_by_name(task):
+    process = Process([f"s{s}-t{t}-conv1" for s in range(3) for t in range(3)])
+    raw = torch.arange(9.0)
+    process.record(raw / 45, raw)
+    names = [f"s{s}-t{t}-conv1" for s in range(5) for t in range(2)]
+    carried = transfer(process, names)
+    # 5 features on 3: 0 1 1 2 2 (halves go up); 2 on 3: the ends
+    source = [3 * s + t for s in (0, 1, 1, 2, 2) for t in (0, 2)]
+    assert carried.raw[0].tolist() == [float(i) for i in source]
+    assert carried.weights[0].tolist() == pytest.approx([i / 45 / source.count(i) for i in source])
+    swapped = transfer(process, ["a", "b"], {"a": "s1-t0-conv1", "b": "s0-t1-conv1"})
+    assert swapped.raw[0].tolist() == [3, 1]
+    distiller = DistPro(task.student(), task.teacher(), transforms=["conv1"])
+    distiller.follow(transfer(process, distiller.pathways))
+    with pytest.raises(
+        ValueError, match=r"Pathway s0-t0-conv2 takes the weights of s0-t0-conv2, which the process does"
+    ):
+        transfer(process, ["s0-t0-conv2"])
+    with pytest.raises(ValueError, match="rule must be 'depth', a mapping or a function"):
+        transfer(process, names, "width")
+
+
+def test_weights_that_do_not_change(task):
+    distiller = DistPro(task.student(), task.teacher())
+    distiller.fix()
+    for step in (0, 5):
+        distiller.start_step(step)
+        assert distiller._step_weights.tolist() == pytest.approx([1 / 28] * 27)
+    process = process_of(distiller, [[1.0] * 27, [2.0] * 26 + [0.0]])
+    distiller.fix(process.at(1))
+    distiller.start_step(7)
+    assert distiller._step_weights.tolist() == pytest.approx([0.2] * 26)
+    assert list(distiller.meta_parameters()) == []
+
+
+def test_saved_share_counts_multiply_adds(task):
+    distiller = DistPro(task.student(), task.teacher(), transforms=["conv1", "conv3"], clip=0.5)
+    inputs = task.data(2)[0]
+    before = {k: v.clone() for k, v in distiller.state_dict().items()}
+    cheap = distiller.saved_share(process_of(distiller, [[0.0, 1.0] * 9]), inputs)
+    dear = distiller.saved_share(process_of(distiller, [[1.0, 0.0] * 9]), inputs)
+    assert cheap + dear == pytest.approx(1)
+    assert dear > 0.8
+    assert all(torch.equal(v, before[k]) for k, v in distiller.state_dict().items())
+
+
+def test_features_of_a_transformer(task):
+    class Tokens(torch.nn.Module):
+        widths = (6, 6)
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Conv2d(1, 6, 2, 2), torch.nn.Linear(6, 4)
+
+        def forward(self, x, features=False):
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            tokens = torch.cat([tokens[:, :1], tokens], 1)  # a class token before 16 patches
+            logits = self.head(tokens.mean(1))
+            return (logits, [tokens, tokens]) if features else logits
+
+    distiller = DistPro(Tokens(), task.teacher(), transforms=["conv1"])
+    inputs, targets = task.data(4)
+    outputs, taught = distiller.student_outputs(inputs), distiller.teacher_outputs(inputs)
+    maps = [x[:, 1:].transpose(1, 2).reshape(4, 6, 4, 4) for x in outputs[1]]
+    pairs = [(s, t) for s in maps for t in taught[1]]
+    moved = [hcl(distiller.transforms[p](s, t.shape[2:]), t) for p, (s, t) in enumerate(pairs)]
+    expected = (distiller.weights() * torch.stack(moved)).sum()
+    torch.testing.assert_close(distiller.losses(outputs, taught, targets)["pathways"], expected)

@@ -62,6 +62,76 @@ def test_incorrect_brier_counts_the_wrong_samples_only():
     assert incorrect_brier(logits, torch.tensor([0, 0, 0])) == 0
 
 
+class Token(torch.nn.Module):
+    """Two heads on one linear layer; in eval mode their mean, as timm's distilled transformers have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = torch.nn.ModuleList([torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)])
+
+    def forward(self, x):
+        both = tuple(head(x) for head in self.heads)
+        return both if self.training else (both[0] + both[1]) / 2
+
+
+def test_distillation_token_learns_from_the_teacher_and_the_class_token_from_labels():
+    student, inputs, targets = Token(), torch.randn(8, 6), torch.randint(4, (8,))
+    distiller = MKD(student, torch.nn.Linear(6, 4), distillation_token=True, alpha=0.25)
+    outputs, taught = distiller.student_outputs(inputs), distiller.teacher_outputs(inputs)
+    parts = distiller.losses(outputs, taught, targets)
+    soft = -(F.softmax(taught.double() / 3, 1) * F.log_softmax(outputs[1].double() / 3, 1)).sum(1).mean()
+    torch.testing.assert_close(parts["kd"].double(), 0.75 * soft)
+    torch.testing.assert_close(parts["task"], 0.25 * F.cross_entropy(outputs[0], targets))
+    assert torch.autograd.grad(parts["kd"], student.heads[0].weight, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(parts["task"], student.heads[1].weight, allow_unused=True) == (None,)
+    torch.testing.assert_close(distiller.logits(outputs), (outputs[0] + outputs[1]) / 2)
+    torch.testing.assert_close(
+        distiller.logits(distiller.eval().student_outputs(inputs)), (outputs[0] + outputs[1]) / 2
+    )
+    with pytest.raises(ValueError, match=r"must return \(class logits, distillation logits\) in training, got Tensor"):
+        distiller.losses(distiller.student_outputs(inputs), taught, targets)
+    with pytest.raises(ValueError, match=r"alpha must be above 0 with a distillation token"):
+        MKD(student, torch.nn.Linear(6, 4), distillation_token=True, alpha=0.0)
+
+
+def test_extra_losses_join_the_train_loss_and_train_with_the_student(task):
+    class Hint(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, outputs, teacher_outputs, targets):
+            return {"hint": self.scale * (outputs[1][0].mean() - teacher_outputs[1][0].mean()) * targets[1].sum()}
+
+    distiller = MKD(task.student(), task.teacher(), features=True, extra_losses=Hint(), alpha=0.5)
+    inputs, labels = task.data(8)
+    indices = torch.arange(8)
+    outputs, taught = distiller.student_outputs(inputs), distiller.teacher_outputs(inputs)
+    parts = distiller.losses(outputs, taught, (labels, indices))
+    torch.testing.assert_close(parts["hint"], 2 * (outputs[1][0].mean() - taught[1][0].mean()) * 28)
+    plain = MKD(distiller.student, task.teacher(), alpha=0.5).losses(outputs[0], taught[0], labels)["kd"]
+    torch.testing.assert_close(parts["kd"], plain)
+    assert id(distiller.extra_losses.scale) in {id(p) for p in distiller.inner_parameters()}
+    torch.testing.assert_close(
+        distiller.validation_loss(outputs, (labels, indices)), F.cross_entropy(outputs[0], labels)
+    )
+    distiller = MKD(task.student(), task.teacher(), extra_losses=lambda *_: {"kd": torch.ones(())})
+    with pytest.raises(ValueError, match="extra_losses must name parts other than kd, got kd"):
+        distiller.losses(outputs[0], taught[0], labels)
+
+
+def test_meta_learning_in_the_last_epochs_only():
+    distiller = MKD(torch.nn.Identity(), torch.nn.Identity(), meta_last_epochs=2)
+    active = []
+    for epoch in range(5):
+        distiller.start_epoch(epoch, 5)
+        active.append(distiller.meta_active)
+    assert active == [False, False, False, True, True]
+    assert MKD(torch.nn.Identity(), torch.nn.Identity()).meta_active
+    with pytest.raises(ValueError, match="meta_last_epochs must be at least 1, or None for all epochs, got 0"):
+        MKD(torch.nn.Identity(), torch.nn.Identity(), meta_last_epochs=0)
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"learn must be one of 'both', 'student', 'teacher', 'shared', got 'none'"):
         Temperatures(learn="none")

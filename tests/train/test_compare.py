@@ -11,24 +11,23 @@ TINY = Recipe(train_per_class=5, batch_size=25, teacher_widths=(4, 4, 4), studen
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    steps, trainings = [], []
-    result = compare(
-        TINY, folder, seeds=(7, 8), on_step=steps.append, on_run=lambda training, run: trainings.append(training)
-    )
-    return result, folder, steps, trainings
+    trainings = []
+    result = compare(TINY, folder, seeds=(7, 8), on_run=lambda training, run: trainings.append(training))
+    return result, folder, trainings
 
 
 def test_each_method_and_seed_takes_the_same_steps(comparison):
-    result, _, steps, trainings = comparison
+    result, _, trainings = comparison
     assert list(result.runs) == list(TITLES) and result.seeds == (7, 8)
     assert all(run.steps == TINY.epochs * TINY.epoch_steps == 8 for runs in result.runs.values() for run in runs)
-    assert len(steps) == TINY.planned_steps(tuple(TITLES), 2)
-    assert len(trainings) == 1 + 2 * 4 and trainings[0] == "teacher"
-    assert set(steps) - set(trainings) == {"DistPro, seed 7 (search)", "DistPro, seed 8 (search)"}
+    searches = [run.search.steps for run in result.runs["distpro"]]
+    total = sum(run.steps for runs in result.runs.values() for run in runs) + sum(searches) + result.teacher.steps
+    assert total == TINY.planned_steps(tuple(TITLES), 2)
+    assert len(trainings) == 1 + 2 * len(TITLES) and trainings[0] == "teacher"
 
 
 def test_methods_report_what_they_learn(comparison):
-    result, folder, _, _ = comparison
+    result, folder, _ = comparison
     for seed, run in zip(result.seeds, result.runs["distpro"], strict=True):
         stored = Process.load(folder / f"process-seed{seed}.safetensors")
         assert len(stored) == run.search.steps == TINY.distpro_search_epochs * TINY.epoch_steps
@@ -52,6 +51,13 @@ def test_a_seed_repeats_whichever_other_methods_run(comparison, tmp_path):
         assert again.runs[name][0].accuracy == result.runs[name][0].accuracy
     assert again.runs["mkd"][0].temperatures == result.runs["mkd"][0].temperatures
     assert torch.equal(again.runs["distpro"][0].process.weights, result.runs["distpro"][0].process.weights)
+
+
+def test_processes_change_nothing(comparison, tmp_path):
+    result = comparison[0]
+    again = compare(TINY, tmp_path, methods=("alone", "distpro"), seeds=(7, 8), processes=2)
+    for name in ("alone", "distpro"):
+        assert [run.accuracy for run in again.runs[name]] == [run.accuracy for run in result.runs[name]]
 
 
 def test_evaluates_on_the_part_asked_for_and_only_on_it(tmp_path, monkeypatch):

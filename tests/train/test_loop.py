@@ -6,7 +6,9 @@ from torch import nn
 
 from kdfast.meta import meta_kd_step
 from kdfast.methods.base import Distiller
-from kdfast.train.loop import StepRecord, accuracy, fit, ordinary_step, warmup_cosine
+from kdfast.train.history import StepRecord
+from kdfast.train.loop import accuracy, ordinary_step, repeated_warmup_cosine, step_decay, warmup_cosine
+from kdfast.train.trainer import Trainer
 
 
 class Plain(Distiller):
@@ -27,6 +29,10 @@ class Weighted(Distiller):
 
     def meta_parameters(self):
         return iter([self.weight])
+
+
+def fit(*arguments, **options):
+    return Trainer(*arguments, **options).run()
 
 
 def network():
@@ -54,9 +60,10 @@ def test_learns_and_records_every_step_and_epoch():
     torch.manual_seed(0)
     distiller = Plain(network())
     seen = []
-    history = fit(distiller, batches(), sgd(distiller), epochs=8, evaluation=problem(), callback=seen.append)
-    assert history.accuracy[-1][1] > 0.9 and [steps for steps, _ in history.accuracy] == list(range(3, 25, 3))
-    assert seen == history.steps and len(seen) == 8 * 3
+    history = fit(distiller, batches(), sgd(distiller), epochs=8, evaluation=[problem()], callback=seen.append)
+    assert history.last.accuracy > 0.9 and [record.steps for record in history.epochs] == list(range(3, 25, 3))
+    assert len(seen) == 8 * 3 and history.best.accuracy == max(record.accuracy for record in history.epochs)
+    assert history.epochs[0].parts["ce"] == pytest.approx(sum(record.loss for record in seen[:3]) / 3)
     assert [(r.step, r.epoch) for r in seen[:4]] == [(0, 0), (1, 0), (2, 0), (3, 1)]
     assert seen[-1].loss < 0.5 * seen[0].loss
     assert all(isinstance(r, StepRecord) and 0 < r.seconds < 5 for r in seen)
@@ -65,7 +72,7 @@ def test_learns_and_records_every_step_and_epoch():
 
 def test_steps_are_the_ordinary_ones_and_evaluation_leaves_no_trace():
     results = []
-    for evaluation in (None, problem()):
+    for evaluation in (None, [problem()]):
         torch.manual_seed(0)
         distiller = Plain(network())
         fit(distiller, batches(), sgd(distiller), epochs=3, evaluation=evaluation)
@@ -84,8 +91,8 @@ def test_steps_are_the_ordinary_ones_and_evaluation_leaves_no_trace():
 
 def test_evaluates_every_few_epochs_and_after_the_last():
     distiller = Plain(network())
-    history = fit(distiller, batches(), sgd(distiller), epochs=5, evaluation=problem(), evaluate_every=2)
-    assert [steps for steps, _ in history.accuracy] == [6, 12, 15]
+    history = fit(distiller, batches(), sgd(distiller), epochs=5, evaluation=[problem()], evaluate_every=2)
+    assert [record.steps for record in history.epochs if record.accuracy is not None] == [6, 12, 15]
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
@@ -102,6 +109,31 @@ def test_warmup_cosine_rises_in_a_line_and_falls_to_zero(warmup):
     assert max(rates) == 2.0 and rates[40] == pytest.approx(0, abs=1e-12)
     assert rates[(40 + rising) // 2] == pytest.approx(1.0)  # half way down the cosine
     assert rates[rising:] == sorted(rates[rising:], reverse=True)
+
+
+def test_repeated_warmup_cosine_is_one_after_another():
+    def rates(make, steps):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+        scheduler, seen = make(optimizer), []
+        for _ in range(steps):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return seen
+
+    first, second = (rates(lambda o, n=n: warmup_cosine(o, n, 0.2), n) for n in (10, 15))
+    assert rates(lambda o: repeated_warmup_cosine(o, [10, 15], 0.2), 25) == first + second
+
+
+def test_step_decay_multiplies_at_each_milestone():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = step_decay(optimizer, [2, 3], 0.1)
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1, 1, 0.1, 0.01, 0.01])
 
 
 def test_scheduler_steps_once_a_step():
@@ -176,15 +208,15 @@ def test_frozen_student_parameter_stays():
     assert torch.equal(first, before)
 
 
-def test_accuracy_counts_in_eval_mode_what_the_distiller_calls_logits():
+def test_accuracy_is_that_of_the_exported_student_in_eval_mode():
     class Fixed(nn.Module):
         def forward(self, x):
             assert not self.training
-            return nn.functional.one_hot(x, 3).float(), [x]
+            return nn.functional.one_hot(x, 3).float()
 
     class Tupled(Plain):
-        def logits(self, outputs):
-            return outputs[0]
+        def student_outputs(self, inputs):
+            raise AssertionError("what is exported is measured")
 
     inputs = torch.tensor([0, 1, 2, 0, 1])
     targets = torch.tensor([0, 1, 2, 2, 2])
@@ -196,14 +228,25 @@ def test_accuracy_counts_in_eval_mode_what_the_distiller_calls_logits():
 def test_misuse_is_one_sentence():
     distiller = Weighted(network(), nn.Linear(6, 3))
     meta_optimizer = torch.optim.SGD(distiller.meta_parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="needs validation_batches beside the meta_optimizer it was given"):
+    with pytest.raises(ValueError, match="needs validation_batches beside the meta_optimizer"):
         fit(distiller, batches(), sgd(distiller), epochs=1, meta_optimizer=meta_optimizer)
-    with pytest.raises(ValueError, match="needs meta_optimizer beside the validation_batches it was given"):
-        fit(distiller, batches(), sgd(distiller), epochs=1, validation_batches=batches())
     with pytest.raises(ValueError, match="validation_batches must yield at least one batch, got none"):
         fit(distiller, batches(), sgd(distiller), epochs=1, validation_batches=[], meta_optimizer=meta_optimizer)
-    with pytest.raises(ValueError, match="fit needs at least one batch an epoch, got none"):
+    with pytest.raises(ValueError, match="needs at least one batch an epoch, got none"):
         fit(distiller, [], sgd(distiller), epochs=1)
+    with pytest.raises(ValueError, match="evaluate needs at least one batch, got none"):
+        fit(distiller, batches(), sgd(distiller), epochs=1, evaluation=[])
+    meta = {"validation_batches": batches(), "meta_optimizer": meta_optimizer}
     plain = Plain(network())
     with pytest.raises(ValueError, match="Plain has no meta-parameters; leave out the meta_optimizer"):
-        fit(plain, batches(), sgd(plain), epochs=1, validation_batches=batches(), meta_optimizer=meta_optimizer)
+        fit(plain, batches(), sgd(plain), epochs=1, **meta)
+    for options, sentence in (
+        ({"precision": "fp16", **meta}, "cannot be taken in fp16"),
+        ({"precision": "tf32"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'tf32'"),
+        ({"accumulate": 2, **meta}, "1 for a method with meta-steps, got 2"),
+        ({"accumulate": 0}, "at least 1"),
+        ({"ema": 1.0}, "decay in \\(0, 1\\), got 1.0"),
+        ({"checkpoint_every": 1}, "needs batches with a state_dict"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            fit(distiller, batches(), sgd(distiller), epochs=1, **options)
