@@ -103,8 +103,9 @@ class ContrastiveHead(nn.Module):
         student = self._embed(self.student_embedding, outputs[1][-1])
         teacher = self._embed(self.teacher_embedding, teacher_outputs[1][-1])
         candidates = torch.cat([indices.unsqueeze(1), self.draw(indices)], 1)  # [batch, 1 + negatives]
-        loss = self._contrast(0, student, self.teacher_memory, candidates)
-        loss = loss + self._contrast(1, teacher, self.student_memory, candidates)
+        with torch.autocast(student.device.type, enabled=False):  # exp(1 / 0.07) is more than float16 holds
+            loss = self._contrast(0, student, self.teacher_memory, candidates)
+            loss = loss + self._contrast(1, teacher, self.student_memory, candidates)
         if self.training:
             self._remember(self.student_memory, indices, student)
             self._remember(self.teacher_memory, indices, teacher)
@@ -114,8 +115,8 @@ class ContrastiveHead(nn.Module):
         return F.normalize(layer(as_map(feature).mean((2, 3))), dim=1)
 
     def _contrast(self, direction: int, anchor: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
-        vectors = memory[candidates].to(anchor.dtype)  # [batch, 1 + negatives, dimension], a copy
-        scores = torch.einsum("bkd,bd->bk", vectors, anchor) / self.temperature
+        vectors = memory[candidates]  # [batch, 1 + negatives, dimension], a copy
+        scores = torch.einsum("bkd,bd->bk", vectors, anchor.to(memory.dtype)) / self.temperature
         images = len(self.labels)
         with (
             torch.no_grad()
@@ -124,8 +125,7 @@ class ContrastiveHead(nn.Module):
             z = torch.where(z > 0, z, scores.exp().mean().to(z.dtype) * images)
             self.normaliser[direction] = z
         p = scores.exp() / z
-        c = candidates.shape[1] - 1
-        c = c / images
+        c = (candidates.shape[1] - 1) / images
         near = torch.log(p[:, 0] / (p[:, 0] + c))
         far = (math.log(c) - torch.log(p[:, 1:] + c)).sum(1)
         return -(near + far).mean()

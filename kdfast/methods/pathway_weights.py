@@ -65,8 +65,9 @@ def transfer(
     Args:
         process: the one searched.
         pathways: names of the new ones, "s0-t1-conv2", such as `DistPro.pathways`.
-        rule: "depth": feature i of n takes feature round(i (m - 1) / (n - 1)) of the m there were, and the same
-            transform; or a mapping, or a function, from each new name to an old one.
+        rule: "depth": feature i of n takes feature i (m - 1) / (n - 1) of the m there were, rounded with halves up,
+            an only feature the deepest, and the same transform; or a mapping, or a function, from each new name to an
+            old one.
 
     Raises:
         ValueError: for a name that has no counterpart.

@@ -1,5 +1,6 @@
 """CRD: its loss against a loop over images, its negatives, its memory, and CRD + MKD."""
 
+import copy
 import math
 
 import pytest
@@ -74,6 +75,21 @@ def test_crd_with_mkd_in_a_meta_step(task):
     report = meta_kd_step(distiller, batch, task.data(4), optimizer, meta_optimizer)
     assert set(report.parts) == {"kd", "contrast"}
     torch.testing.assert_close(head.student_memory[indices], once)
+
+
+def test_autocast_keeps_the_scores_in_full_precision(task):
+    distiller = build(task)
+    inputs, indices = task.data(4)[0], torch.tensor([7, 0, 4, 1])
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(5)
+        fresh = copy.deepcopy(distiller)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs, taught = fresh.student_outputs(inputs), fresh.teacher_outputs(inputs)
+            losses.append(fresh.losses(outputs, taught, (LABELS[indices], indices))["contrast"])
+    assert losses[1].dtype == torch.float32
+    # the networks' own outputs are rounded to 8 bits, and scores are those times 14
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.1, atol=0.0)
 
 
 def test_errors(task):

@@ -238,7 +238,7 @@ def test_a_process_is_carried_over_by_depth_or_by_name(task):
     distiller = DistPro(task.student(), task.teacher(), transforms=["conv1"])
     distiller.follow(transfer(process, distiller.pathways))
     with pytest.raises(
-        ValueError, match=r"Pathway s0-t0-conv2 takes the weights of s0-t0-conv2, which the process does"
+        ValueError, match=r"Pathway s0-t0-conv2 takes the weights of s2-t2-conv2, which the process does"
     ):
         transfer(process, ["s0-t0-conv2"])
     with pytest.raises(ValueError, match="rule must be 'depth', a mapping or a function"):
