@@ -64,7 +64,8 @@ def check_backward_stable(case):
 
     A draw may cancel as deep as it likes: moving every logit and temperature by one rounding, up or down (of a 1 where
     they are smaller: an exponential is rounded too), shows how deep, and 32 times that is allowed (random signs cancel,
-    the errors of a polynomial need not; 128 times in a sanitized build, which sums a row in one long chain); beside it, as in the law of random cases, 32 ulp of the largest entry (1e-9 in
+    the errors of a polynomial need not; 128 times in a sanitized build, which sums a row in one long chain);
+    beside it, as in the law of random cases, 32 ulp of the largest entry (1e-9 in
     fp64, where the truth has errors too), and the rounding to storage.
     """
     tensors = make(case)
