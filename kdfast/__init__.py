@@ -16,18 +16,32 @@ from kdfast.losses import (
     topk_teacher,
 )
 from kdfast.meta import MetaStepReport, Process, exact_hypergradient, meta_kd_step
-from kdfast.methods import KD, MKD, Alone, Distiller, DistPro
+from kdfast.methods import (
+    KD,
+    MKD,
+    Alone,
+    DeeplySupervised,
+    Distiller,
+    DistPro,
+    MetaDistiller,
+    SelfDistillation,
+    SelfGuidance,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "KD",
     "MKD",
     "Alone",
+    "DeeplySupervised",
     "DistPro",
     "Distiller",
     "KDLoss",
+    "MetaDistiller",
     "MetaStepReport",
     "Process",
+    "SelfDistillation",
+    "SelfGuidance",
     "dkd_loss",
     "exact_hypergradient",
     "exits_kd_loss",

@@ -3,6 +3,33 @@
 from kdfast.methods.base import Distiller
 from kdfast.methods.distpro import DistPro, PathwayWeights
 from kdfast.methods.kd import KD, Alone
+from kdfast.methods.metadistiller import DeeplySupervised, MetaDistiller, SelfDistillation
 from kdfast.methods.mkd import MKD, Temperatures, incorrect_brier
+from kdfast.methods.self_guidance import SelfGuidance
 
-__all__ = ["KD", "MKD", "Alone", "DistPro", "Distiller", "PathwayWeights", "Temperatures", "incorrect_brier"]
+METHODS: dict[str, type[Distiller]] = {  # by their names on the command line
+    "alone": Alone,
+    "kd": KD,
+    "mkd": MKD,
+    "distpro": DistPro,
+    "metadistiller": MetaDistiller,
+    "self_guidance": SelfGuidance,
+    "dsn": DeeplySupervised,
+    "sd": SelfDistillation,
+}
+
+__all__ = [
+    "KD",
+    "METHODS",
+    "MKD",
+    "Alone",
+    "DeeplySupervised",
+    "DistPro",
+    "Distiller",
+    "MetaDistiller",
+    "PathwayWeights",
+    "SelfDistillation",
+    "SelfGuidance",
+    "Temperatures",
+    "incorrect_brier",
+]
