@@ -153,9 +153,10 @@ def check_case(op: LawfulOp, case: Case) -> bool:
     The rule: no entry is off by more than 1e-9 (fp64 arithmetic) or 32 ulp (fp32) of the largest entry; entries stored
     in 16 bits by two ulp of their own more: a gradient made in the forward sweep is rounded again when it is scaled.
     Where a sum cancels deeper in this draw, twice PyTorch's error is right too, in the arithmetic type and not the
-    storage type; and so is a rounding of the terms, as autograd on its other way may meet an exact zero: terms of the
-    spread in a row (1 where it is not extreme), and in the sums over a row (what has fewer dimensions than the first
-    tensor: values, gradients of temperatures) those of test_extremes, entropies times the square of a temperature.
+    storage type; and so are two roundings of the terms (of a product, and of the sum it goes into), as autograd on its
+    other way may meet an exact zero: terms of the spread in a row (1 where it is not extreme), and in the sums over a
+    row (what has fewer dimensions than the first tensor: values, gradients of temperatures) those of test_extremes,
+    entropies times the square of a temperature.
     """
     change, spread = op.extremes[case.extreme] if case.extreme else (None, 1)
     tensors, kwargs = op.make(case.shape, case.dtype, case.variant, case.seed, change)
@@ -175,7 +176,7 @@ def check_case(op: LawfulOp, case: Case) -> bool:
         if not (off := largest(x, truth, part)):
             continue
         theirs = errors_of_pytorch(op, tensors, kwargs, arithmetic, exact) if theirs is None else theirs
-        terms = max(spread, 1) if x.dim() == tensors[0].dim() else 16 * max(spread, 10)
+        terms = 2 * max(spread, 1) if x.dim() == tensors[0].dim() else 16 * max(spread, 10)
         assert off <= max(2 * theirs[i], torch.finfo(arithmetic).eps * terms), (
             f"{what}: off by {off:.2e}, PyTorch in {arithmetic} by {theirs[i]:.2e}, largest entry "
             f"{truth.abs().max():.2e}"
