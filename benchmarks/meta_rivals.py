@@ -191,5 +191,3 @@ class Betty:
 
     def step(self) -> None:
         self.engine.train_step()
-
-

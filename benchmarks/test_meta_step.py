@@ -61,9 +61,7 @@ class Step:
         self.distiller = copy.deepcopy(distiller)
         if method not in ("", "paper-eager"):
             self.distiller.to(memory_format=torch.channels_last)
-            train, validation = (
-                (x.contiguous(memory_format=torch.channels_last), y) for x, y in (train, validation)
-            )
+            train, validation = ((x.contiguous(memory_format=torch.channels_last), y) for x, y in (train, validation))
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
         self.optimizer = torch.optim.SGD(self.distiller.inner_parameters(), lr=rivals.LR, momentum=rivals.MOMENTUM)
         self.optimizer.load_state_dict(copy.deepcopy(optimizer_state))
@@ -159,7 +157,12 @@ def measured() -> dict[str, tuple[list[float], float | None]]:
                 step.run()
             h = None if name.startswith(("forward", "plain")) else step.meta_gradient()
             errors[name] = None if h is None else ((h - exact).norm() / exact.norm()).item()
-        rounds = measure(("meta_step",), {name: step.run for name, step in steps.items()}, seconds=float(__import__("os").environ.get("SECS","60")), sync=False)
+        rounds = measure(
+            ("meta_step",),
+            {name: step.run for name, step in steps.items()},
+            seconds=float(__import__("os").environ.get("SECS", "60")),
+            sync=False,
+        )
         for name, seconds in rounds.items():
             _measured[name] = [t / steps[name].calls for t in seconds], errors[name]
     finally:

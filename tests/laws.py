@@ -111,7 +111,7 @@ def close(got, want, rtol=1e-9, atol=1e-11):
 # The same numbers, [rows, classes] or [rows], lying otherwise in memory.
 LAYOUTS = {
     "columns first": lambda x: x.T.contiguous().T if x.dim() == 2 else x,
-    "every second column": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+    "every second column": lambda x: torch.stack([x, (x + 1).to(x.dtype)], -1)[..., 0],
     "rows of a wider tensor": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
 }
 
@@ -343,9 +343,16 @@ class Laws:
         tensors, kwargs = self.op.make(shape, torch.float32, variant)
         value, grads = gradients(self.op.call, tensors, kwargs)
         for name in LAYOUTS:
-            got = gradients(self.op.call, tuple(laid(t, name) for t in tensors), kwargs)
-            for a, b in zip(leaves(got), leaves((value, grads)), strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+            everything = tuple(laid(t, name) for t in tensors)
+            kinds = {"all": (everything, kwargs)}
+            for i in range(len(tensors)):  # each alone, the others contiguous
+                kinds[f"input {i}"] = ((*tensors[:i], everything[i], *tensors[i + 1 :]), kwargs)
+            kinds["labels, weights"] = (tensors, tree_map_only(Tensor, lambda x, name=name: laid(x, name), kwargs))
+            for which, (given, options) in kinds.items():
+                got = gradients(self.op.call, given, options)
+                for a, b in zip(leaves(got), leaves((value, grads)), strict=True):
+                    msg = lambda m, name=name, which=which: f"{name}, {which}: {m}"  # noqa: E731
+                    torch.testing.assert_close(a, b, rtol=0, atol=0, msg=msg)
 
     def test_extremes(self, variant, extreme):
         """Against fp64 truth of the very same numbers, in fp64 and fp32: finite where the definition is. `spread` is

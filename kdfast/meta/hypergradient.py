@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdfast.meta import processes, tangents
 from kdfast.meta.inner import functional_step
-from kdfast.meta.shadow import RandomState, Shadow
+from kdfast.meta.shadow import Shadow
 from kdfast.meta.tangents import Batch, TrainPass
 from kdfast.ops.perturb import perturb
 
@@ -87,6 +87,7 @@ class Direction(NamedTuple):
         behind: theta - epsilon w, if asked for.
         w: shaped like theta, None where nothing moves.
         slope: <g, w>, the exact derivative of the training loss along w.
+        size: what an error of the slope is relative to: its own, or what clipping took away of it.
         epsilon: the factor on w, 0 where w is zero or not finite.
         usable: bool, whether it is neither.
     """
@@ -95,6 +96,7 @@ class Direction(NamedTuple):
     behind: list[Tensor] | None
     w: list[Tensor | None]
     slope: Tensor
+    size: Tensor
     epsilon: Tensor
     usable: Tensor
 
@@ -115,12 +117,13 @@ def direction(
     vectors (biases, normalisation): the displaced network is as far away whatever the weights' scale is.
     """
     w = [None if s is None or x is None else s * x for s, x in zip(slopes, v, strict=True)]
+    size = None
     if clipped is not None:
-        w = _through_clip(w, gradients, clipped)
+        w, size = _through_clip(w, gradients, clipped)
     moved = [i for i, x in enumerate(w) if x is not None]
     if not moved:
         zero = values[0].new_zeros(())
-        return Direction(list(values), list(values) if both else None, w, zero, zero, zero > 0)
+        return Direction(list(values), list(values) if both else None, w, zero, zero, zero, zero > 0)
     at, g, along = ([x[i] for i in moved] for x in (values, gradients, w))
     points = perturb(at, g, along, [1.0] * len(moved), radius, both)
     ahead, behind = list(values), list(values) if both else None
@@ -128,21 +131,24 @@ def direction(
         for i, x in zip(moved, displaced, strict=False):
             point[i] = x
     slope = points.slope if clipped is None else points.slope / clipped.factor  # of g before it was clipped
-    return Direction(ahead, behind, w, slope, points.epsilon, points.epsilon > 0)
+    size = (slope if size is None else size).abs()
+    return Direction(ahead, behind, w, slope, size, points.epsilon, (points.epsilon > 0) & slope.isfinite())
 
 
-def _through_clip(w, gradients, clipped: Clip) -> list[Tensor | None]:
-    """The transpose of the clipping's derivative: c w - g <g, w> c / (|g| (|g| + 1e-6)) where it clipped.
+def _through_clip(w, gradients, clipped: Clip) -> tuple[list[Tensor | None], Tensor]:
+    """The transpose of the clipping's derivative: c w - g <g, w> c / (|g| (|g| + 1e-6)) where it clipped; and <g, c w>.
 
-    It couples all parameters through their norm: those which the validation loss does not reach move too.
+    It couples all parameters through their norm: those which the validation loss does not reach move too. What is left
+    is all but orthogonal to g.
     """
     norm, factor = clipped
     dot = sum((g * x).sum() for g, x in zip(gradients, w, strict=True) if x is not None)  # of the clipped g
     pull = torch.where(factor < 1, dot / (factor * norm * (norm + 1e-6)), 0.0)
-    return [
+    through = [
         None if g is None else (-pull * g if x is None else factor * x - pull * g)
         for g, x in zip(gradients, w, strict=True)
     ]
+    return through, dot
 
 
 class Hypergradient(NamedTuple):
@@ -181,7 +187,7 @@ def hypergradient(
         torch._foreach_add_(values, h, alpha=1 / len(taken.passes))
         known += d.detach() / len(taken.passes)
     *values, known = processes.average([*values, known], [*meta, known])
-    error = (known - along.slope).abs() / along.slope.abs()
+    error = (known - along.slope).abs() / along.size
     usable = along.usable & torch.stack([x.isfinite().all() for x in values]).all()
     values = [torch.where(usable, x, 0.0).to(p.dtype) for p, x in zip(meta, values, strict=True)]
     return Hypergradient(values, error, along.epsilon, usable)
