@@ -160,7 +160,7 @@ def measured() -> dict[str, tuple[list[float], float | None]]:
         rounds = measure(
             ("meta_step",),
             {name: step.run for name, step in steps.items()},
-            seconds=float(__import__("os").environ.get("SECS", "60")),
+            seconds=60.0,
             sync=False,
         )
         for name, seconds in rounds.items():

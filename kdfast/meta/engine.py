@@ -174,6 +174,20 @@ class MetaKD:
         self._steps += 1
         return report
 
+    def forget(self) -> None:
+        """Drop the step whose validation a rolling engine waits for; for steps taken elsewhere meanwhile."""
+        self._pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands among `every` steps, and how many updates were skipped; a rolling engine's last step is not
+        kept, whose update is then missing after a resume."""
+        return {"steps": self._steps, "skipped": self.skipped.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._steps, self._pending = int(state["steps"]), None
+        self.skipped.copy_(state["skipped"])
+
     # ------------------------------------------------------------ the orders of a step
     def _ordinary(self, pairs) -> MetaStepReport:
         totals = _Totals()

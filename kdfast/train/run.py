@@ -9,7 +9,6 @@ RUN/process.safetensors      what a DistPro search found
 RUN/tensorboard/             curves
 """
 
-import functools
 import inspect
 import json
 import math
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from kdfast.data import Stream, Streams, loaders
-from kdfast.meta import Process, meta_kd_step
+from kdfast.meta import Process
 from kdfast.methods import METHODS, Distiller
 from kdfast.train import distributed
 from kdfast.train.checkpoint import seed_everything
@@ -134,8 +133,7 @@ class Run:
             scheduler=self._scheduler(optimizer, batches),
             validation_batches=self.streams.validation,
             meta_optimizer=self._meta_optimizer() if learns else None,
-            # Rounding in bfloat16 needs the displacement both ways.
-            meta_step=functools.partial(meta_kd_step, tangent="central" if settings.precision == "bf16" else "forward"),
+            meta=recipe.meta if learns else None,
             halves=fresh_halves if halves is not None else None,
             evaluation=self.streams.test,
             evaluate_every=settings.evaluate_every,
