@@ -60,9 +60,7 @@ class WideResNet(StagedNetwork):
                 stage(PreActivationBlock, (depth - 4) // 6, before, width, stride)
                 for stride, (before, width) in zip((1, 2, 2), pairwise([16, *widths]), strict=True)
             ],
-            nn.Sequential(
-                nn.BatchNorm2d(widths[-1]), nn.ReLU(), GlobalAveragePool(), nn.Linear(widths[-1], classes)
-            ),
+            nn.Sequential(nn.BatchNorm2d(widths[-1]), nn.ReLU(), GlobalAveragePool(), nn.Linear(widths[-1], classes)),
             widths,
         )
         self.depth = depth
