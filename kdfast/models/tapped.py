@@ -15,10 +15,10 @@ SIZE = 224  # of the image a network is measured with where it names no other
 class Tapped(nn.Module):
     """A network whose layers' outputs are returned with its logits.
 
-    The network is traced once in train and once in eval mode (`torch.fx`), and what was traced runs on the network's own
-    modules and parameters: nothing is copied, hooked or changed, so that the state dict, `torch.compile(fullgraph=True)`
-    and `torch.func.functional_call` see the plain network. A layer's output is returned as it left the layer, even where
-    the network then changes it in place.
+    The network is traced once in train and once in eval mode (`torch.fx`), and what was traced runs on the network's
+    own modules and parameters: nothing is copied, hooked or changed, so that the state dict, `torch.compile` with
+    ``fullgraph=True`` and `torch.func.functional_call` see the plain network. A layer's output is returned as it left
+    the layer, even where the network then changes it in place.
 
     Args:
         model: a network of images whose forward pass `torch.fx` can trace; torchvision's and timm's can.
@@ -34,8 +34,8 @@ class Tapped(nn.Module):
             them with the channels last (Swin); a transformer's tokens are [batch, tokens, channels].
 
     Raises:
-        ValueError: for a layer that is not there, never runs or returns no feature, for a network that cannot be traced,
-            and for an example it cannot take; one sentence.
+        ValueError: for a layer that is not there, never runs or returns no feature, for a network that cannot be
+            traced, and for an example it cannot take; one sentence.
 
     Source: the tracing of layers by name is that of torchvision.models.feature_extraction.
 
@@ -105,16 +105,16 @@ class Tapped(nn.Module):
             watch.run(images)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"A {name} does not run on images {list(images.shape)} ({str(error).splitlines()[0]}); give an example of "
-                "those it takes."
+                f"A {name} does not run on images {list(images.shape)} ({str(error).splitlines()[0]}); give an example "
+                "of those it takes."
             ) from error
         for node, layer in zip(nodes, self.layers, strict=True):
             value = watch.values[node]
             if not isinstance(value, Tensor) or not 2 <= value.dim() <= 4:
                 came = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"The layer {layer!r} of the {name} must return [batch, channels, height, width] or [batch, tokens, "
-                    f"channels], got {came}; choose another."
+                    f"The layer {layer!r} of the {name} must return [batch, channels, height, width] or [batch, "
+                    f"tokens, channels], got {came}; choose another."
                 )
         last = [_channels_come_last(self.model, layer) for layer in self.layers]
         (end,) = (node for node in graph.nodes if node.op == "output")
@@ -216,7 +216,8 @@ def _function(graph: fx.Graph) -> Callable[[nn.Module, Tensor], tuple[Any, list[
 def _check_is_there(model: nn.Module, layer: str) -> None:
     known = [name for name, _ in model.named_modules() if name]
     if layer not in known:
-        near = difflib.get_close_matches(layer, known, n=5, cutoff=0.5)
+        alike = [name for name in known if name.count(".") == layer.count(".")]  # as deep inside
+        near = difflib.get_close_matches(layer, alike, n=5, cutoff=0.5) or difflib.get_close_matches(layer, known, n=5)
         near = near or [name for name, _ in model.named_children()]
         raise ValueError(f"A {type(model).__name__} has no layer {layer!r}; it has {', '.join(near)}, ...")
 

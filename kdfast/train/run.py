@@ -46,8 +46,8 @@ class Settings:
     Attributes:
         data: see `kdfast.data.loaders`.
         student, teacher: see `kdfast.train.networks.network_of`; a method without a teacher has None.
-        student_layers, teacher_layers: names of the layers whose outputs are their features, by commas, for networks that
-            do not return features themselves; see `kdfast.models.Tapped`.
+        student_layers, teacher_layers: names of the layers whose outputs are their features, by commas, for networks
+            that do not return features themselves; see `kdfast.models.Tapped`.
         process: file of a DistPro process to follow, None to search.
         precision, accumulate, ema, channels_last, compile, checkpoint_every: see `Trainer`.
         evaluate_every: epochs.

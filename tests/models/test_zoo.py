@@ -31,8 +31,8 @@ def parameters(name, classes):
 
 @pytest.mark.parametrize(
     ("name", "classes", "count"),
-    # The layers of RepDistiller's models (github.com/HobbitLong/RepDistiller, models/*.py), which CRD and most later papers
-    # on CIFAR-100 train, added up one by one.
+    # The layers of RepDistiller's models (github.com/HobbitLong/RepDistiller, models/*.py), which CRD and most later
+    # papers on CIFAR-100 train, added up one by one.
     [
         ("resnet8", 100, 83_892),
         ("resnet14", 100, 181_108),
@@ -91,7 +91,7 @@ def test_parameter_count_is_the_published_one(name, classes, millions, unit):
 
 @pytest.mark.parametrize(
     ("teacher", "student", "ratio"),
-    # Zhao, Chen, Zhao, "A Contrastive Knowledge Transfer Framework", ICASSP 2023, table 1: compression ratios on CIFAR-100
+    # Zhao, Chen, Zhao, "A Contrastive Knowledge Transfer Framework", ICASSP 2023, table 1: compression ratios
     [
         ("wrn_40_2", "wrn_16_2", 3.21),
         ("wrn_40_2", "wrn_40_1", 3.96),
