@@ -1,6 +1,7 @@
 """Every family: parameters as published, a feature a stage, parts, compilation, transforms, memory layout."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,13 +107,17 @@ def test_pairs_have_the_published_compression_ratio(teacher, student, ratio):
     assert parameters(teacher, 100) / parameters(student, 100) == pytest.approx(ratio, abs=0.005)
 
 
-def test_every_name_can_be_made_and_tells_its_widths():
+def test_every_name_can_be_made_and_is_in_the_documentation():
+    rows = (Path(__file__).parents[2] / "docs/models.md").read_text()
     with torch.device("meta"):
         for name in names():
-            network = create(name, classes=7, in_channels=1)
-            logits, features = network(torch.empty(2, 1, 32, 32), features=True)
-            assert logits.shape == (2, 7)
+            network = create(name, classes=100)
+            logits, features = network(torch.empty(2, 3, 32, 32), features=True)
+            assert logits.shape == (2, 100)
             assert tuple(feature.shape[1] for feature in features) == network.widths
+            count = sum(p.numel() for p in network.parameters())
+            widths, sides = (", ".join(str(f.shape[i]) for f in features) for i in (1, 2))
+            assert f"| `{name}` | {count:,} | {widths} | {sides} |" in rows
 
 
 @pytest.fixture(params=FAMILIES)
