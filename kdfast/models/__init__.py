@@ -7,6 +7,7 @@ from kdfast.models.resnet import CifarResNet
 from kdfast.models.resnext import ResNeXt29
 from kdfast.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from kdfast.models.staged import StagedNetwork
+from kdfast.models.tapped import Tapped
 from kdfast.models.vgg import VGG
 from kdfast.models.wide_resnet import WideResNet
 
@@ -19,6 +20,7 @@ __all__ = [
     "ShuffleNetV1",
     "ShuffleNetV2",
     "StagedNetwork",
+    "Tapped",
     "WideResNet",
     "create",
     "names",

@@ -112,8 +112,8 @@ class ShuffleNetV2(StagedNetwork):
         in_channels: channels of the images.
         classes: number of logits.
 
-    Source: Ma, Zhang, Zheng, Sun, "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", ECCV 2018,
-    table 5 (arXiv:1807.11164); the 1x1 stem without pooling as in Tian et al., "Contrastive Representation
+    Source: Ma, Zhang, Zheng, Sun, "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", ECCV
+    2018, table 5 (arXiv:1807.11164); the 1x1 stem without pooling as in Tian et al., "Contrastive Representation
     Distillation", ICLR 2020 (arXiv:1910.10699).
 
     Example:

@@ -15,10 +15,10 @@ SIZE = 224  # of the image a network is measured with where it names no other
 class Tapped(nn.Module):
     """A network whose layers' outputs are returned with its logits.
 
-    The network is traced once in train and once in eval mode (`torch.fx`), and what was traced runs on the network's own
-    modules and parameters: nothing is copied, hooked or changed, so that the state dict, `torch.compile(fullgraph=True)`
-    and `torch.func.functional_call` see the plain network. A layer's output is returned as it left the layer, even where
-    the network then changes it in place.
+    The network is traced once in train and once in eval mode (`torch.fx`), and what was traced runs on the network's
+    own modules and parameters: nothing is copied, hooked or changed, so that the state dict, `torch.compile` with
+    ``fullgraph=True`` and `torch.func.functional_call` see the plain network. A layer's output is returned as it left
+    the layer, even where the network then changes it in place.
 
     Args:
         model: a network of images whose forward pass `torch.fx` can trace; torchvision's and timm's can.
@@ -34,8 +34,8 @@ class Tapped(nn.Module):
             them with the channels last (Swin); a transformer's tokens are [batch, tokens, channels].
 
     Raises:
-        ValueError: for a layer that is not there, never runs or returns no tensor of images, and for a network that
-            cannot be traced; one sentence.
+        ValueError: for a layer that is not there, never runs or returns no feature, for a network that cannot be
+            traced, and for an example it cannot take; one sentence.
 
     Source: the tracing of layers by name is that of torchvision.models.feature_extraction.
 
@@ -101,18 +101,24 @@ class Tapped(nn.Module):
                 raise ValueError(f"The layer {layer!r} of the {name} must return one tensor; choose one inside it.")
             nodes.append(output.node)
         watch = _Watch(root, graph, nodes)
-        watch.run(images)
+        try:
+            watch.run(images)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"A {name} does not run on images {list(images.shape)} ({str(error).splitlines()[0]}); give an example "
+                "of those it takes."
+            ) from error
         for node, layer in zip(nodes, self.layers, strict=True):
             value = watch.values[node]
             if not isinstance(value, Tensor) or not 2 <= value.dim() <= 4:
                 came = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"The layer {layer!r} of the {name} must return [batch, channels, height, width] or [batch, tokens, "
-                    f"channels], got {came}; choose another."
+                    f"The layer {layer!r} of the {name} must return [batch, channels, height, width] or [batch, "
+                    f"tokens, channels], got {came}; choose another."
                 )
-        last = _channels_come_last(self.model)
+        last = [_channels_come_last(self.model, layer) for layer in self.layers]
         (end,) = (node for node in graph.nodes if node.op == "output")
-        end.args = ((end.args[0], [_tapped(graph, node, watch, last) for node in nodes]),)
+        end.args = ((end.args[0], [_tapped(graph, *of, watch) for of in zip(nodes, last, strict=True)]),)
         for node in graph.nodes:  # constants that the network makes on its way
             if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
                 self.register_buffer(node.target, getattr(root, node.target), persistent=False)
@@ -189,7 +195,7 @@ class _Watch(fx.Interpreter):
         return self.values[node]._version != self._versions[node]
 
 
-def _tapped(graph: fx.Graph, node: fx.Node, watch: _Watch, channels_last: bool) -> fx.Node:
+def _tapped(graph: fx.Graph, node: fx.Node, channels_last: bool, watch: _Watch) -> fx.Node:
     """The node to return for it: the same, a copy where it is changed later, its channels brought to the front."""
     with graph.inserting_after(node):
         tap = graph.call_method("clone", (node,)) if watch.changed_later(node) else node
@@ -210,14 +216,19 @@ def _function(graph: fx.Graph) -> Callable[[nn.Module, Tensor], tuple[Any, list[
 def _check_is_there(model: nn.Module, layer: str) -> None:
     known = [name for name, _ in model.named_modules() if name]
     if layer not in known:
-        near = difflib.get_close_matches(layer, known, n=5, cutoff=0.5)
+        alike = [name for name in known if name.count(".") == layer.count(".")]  # as deep inside
+        near = difflib.get_close_matches(layer, alike, n=5, cutoff=0.5) or difflib.get_close_matches(layer, known, n=5)
         near = near or [name for name, _ in model.named_children()]
         raise ValueError(f"A {type(model).__name__} has no layer {layer!r}; it has {', '.join(near)}, ...")
 
 
-def _channels_come_last(model: nn.Module) -> bool:
-    """Whether its maps are [batch, height, width, channels]."""
-    return getattr(model, "output_fmt", "") == "NHWC" or type(model).__module__ == "torchvision.models.swin_transformer"
+def _channels_come_last(model: nn.Module, layer: str) -> bool:
+    """Whether the layer's map is [batch, height, width, channels]."""
+    swin = type(model).__module__ == "torchvision.models.swin_transformer" and layer.split(".")[0] in (
+        "features",
+        "norm",
+    )
+    return swin or getattr(model, "output_fmt", "") == "NHWC"  # of timm
 
 
 def _images_for(model: nn.Module, example: Tensor | None) -> Tensor:

@@ -24,8 +24,9 @@ class VGG(StagedNetwork):
     Raises:
         ValueError: for another depth.
 
-    Source: Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015, table 1
-    (arXiv:1409.1556); for CIFAR, and VGG-8, as in Tian et al., "Contrastive Representation Distillation", ICLR 2020.
+    Source: Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015,
+    table 1 (arXiv:1409.1556); for CIFAR, and VGG-8, as in Tian et al., "Contrastive Representation Distillation",
+    ICLR 2020 (arXiv:1910.10699).
 
     Example:
         >>> VGG(13, classes=100).widths

@@ -10,7 +10,7 @@ from kdfast.models.staged import GlobalAveragePool, StagedNetwork
 
 
 class PreActivationBlock(nn.Module):
-    """BatchNorm and ReLU before each of two 3x3 convolutions; where the shape changes the shortcut leaves after them."""
+    """BatchNorm and ReLU before each of two 3x3 convolutions; where the shape changes the shortcut begins after."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
