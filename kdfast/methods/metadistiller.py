@@ -28,6 +28,19 @@ class ExitOutputs(NamedTuple):
     features: list[Tensor]
 
 
+class ExitEnsemble(nn.Module):
+    """A network and its early exits, as one that returns the mean of all their logits, [batch, classes]."""
+
+    def __init__(self, network: nn.Module, exits: nn.ModuleList):
+        super().__init__()
+        self.network, self.exits = network, exits
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits, features = self.network(inputs, features=True)
+        early = [exit(feature) for exit, feature in zip(self.exits, features[:-1], strict=True)]
+        return torch.stack([logits, *early]).mean(0)
+
+
 class DeeplySupervised(Distiller):
     """Early exits that learn from the labels alone: CE(final, labels) + weight * sum_k CE(exit_k, labels).
 
@@ -40,7 +53,8 @@ class DeeplySupervised(Distiller):
         classes: number of logits; by default that of the student's last linear layer.
         strides: of the K-1 exits, how many times larger their maps are than the last stage's; by default each stage
             halves them.
-        ensemble: whether `logits` is the mean of all outputs' logits, for inference, or the final one's.
+        ensemble: whether `logits` is the mean of all outputs' logits, and `export` a network that returns it; or both
+            are the final output's. Training is the same.
         task_loss, validation_loss: see `Distiller`.
 
     Source: Lee et al., "Deeply-Supervised Nets", AISTATS 2015 (arXiv:1409.5185), as MetaDistiller compares with it.
@@ -101,6 +115,10 @@ class DeeplySupervised(Distiller):
     def validation_loss(self, outputs: ExitOutputs, targets: Any) -> Tensor:
         return (self._validation_loss or self.task_loss)(outputs.logits, targets)
 
+    def export(self) -> nn.Module:
+        """The bare student; with `ensemble` the student and its exits, which share their parameters with this one's."""
+        return ExitEnsemble(self.student, self.exits) if self.ensemble else self.student
+
     def losses(self, outputs: ExitOutputs, teacher_outputs: Any, targets: Any) -> dict[str, Tensor]:
         hard = sum(self.task_loss(logits, targets) for logits in outputs.exits)
         return {"task": self.task_loss(outputs.logits, targets), "exits": self.weight * hard}
@@ -109,8 +127,8 @@ class DeeplySupervised(Distiller):
 class SelfDistillation(DeeplySupervised):
     """Early exits that learn from the labels and the network's own final output.
 
-    Train loss: CE(final, labels) + sum_k [alpha CE(exit_k, labels) + (1 - alpha) tau^2 KL(final || exit_k)]. As a target
-    the final output is a constant.
+    Train loss: CE(final, labels) + sum_k [alpha CE(exit_k, labels) + (1 - alpha) tau^2 KL(final || exit_k)]. The final
+    output is a constant where it is a target.
 
     Args:
         student: as for `DeeplySupervised`, as are exit, channels, classes, strides and ensemble.
