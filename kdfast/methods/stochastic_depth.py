@@ -9,6 +9,7 @@ Source: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016 (arXiv:16
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +81,12 @@ def branch_parameters(network: nn.Module, branches: Sequence[str]) -> list[tuple
 
 
 def scaled(network: nn.Module, names: Sequence[Sequence[str]], factors: Tensor) -> dict[str, Tensor]:
-    """The parameters, by name, with which the network's branches are multiplied by the factors [branches]."""
+    """The parameters, by name, with which the network's branches are multiplied by the factors [branches].
+
+    By attribute: where a meta-step evaluates the network at displaced parameters, they are plain tensors.
+    """
     return {
-        name: factor * network.get_parameter(name)
+        name: factor * attrgetter(name)(network)
         for branch, factor in zip(names, factors, strict=True)
         for name in branch
     }
