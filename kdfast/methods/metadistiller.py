@@ -251,8 +251,12 @@ class MetaDistiller(SelfDistillation):
         self.meta_every_epochs, self.meta_active = meta_every_epochs, True
         self.detach_targets, self.meta_objective = detach_targets, meta_objective
 
+    def learns_in(self, epoch: int) -> bool:
+        """Whether the generator learns in this epoch, counted from 0."""
+        return epoch % self.meta_every_epochs == 0
+
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        self.meta_active = epoch % self.meta_every_epochs == 0
+        self.meta_active = self.learns_in(epoch)
 
     def teacher_outputs(self, inputs: Tensor) -> dict[str, list[Tensor]]:
         """An empty place for what a batch's targets are made of, see `soft_targets`."""
