@@ -20,20 +20,16 @@ from kdfast.train.history import StepRecord
 from kdfast.train.loop import Batches, repeated_warmup_cosine
 from kdfast.train.trainer import Trainer
 
-TITLES = {
-    name: title
-    for name, title in {
-        "alone": "student alone",
-        "kd": "KD",
-        "at": "AT",
-        "reviewkd": "ReviewKD",
-        "mkd": "MKD",
-        "distpro": "DistPro",
-        "metadistiller": "MetaDistiller",
-        "self_guidance": "Self-Guidance",
-        "stagewise": "stage by stage",
-    }.items()
-    if name in METHODS
+TITLES = {  # of what is compared, by its name on the command line
+    "alone": "student alone",
+    "kd": "KD",
+    "at": "AT",
+    "reviewkd": "ReviewKD",
+    "mkd": "MKD",
+    "distpro": "DistPro",
+    "metadistiller": "MetaDistiller",
+    "self_guidance": "Self-Guidance",
+    "stagewise": "stage by stage",
 }
 
 

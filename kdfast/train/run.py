@@ -10,6 +10,7 @@ RUN/tensorboard/             curves
 """
 
 import inspect
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -119,8 +120,12 @@ class Run:
         process = self._followed()
         learns = recipe.meta_optimizer is not None
         searches = learns and recipe.method == "distpro"
-        batches = math.ceil(len(self.streams.train) / settings.accumulate)
-        self.steps = recipe.epochs * batches
+        lengths = [math.ceil(len(self.streams.train) / settings.accumulate)] * recipe.epochs
+        if halves is not None and learns:
+            learns_in = getattr(self.distiller, "learns_in", lambda epoch: True)
+            lengths = [len(halves.train) if learns_in(epoch) else steps for epoch, steps in enumerate(lengths)]
+        self.ends = [0, *itertools.accumulate(lengths)]  # steps done before each epoch, and at the end
+        self.steps = self.ends[-1]
         if process is not None:
             self.distiller.follow(process.resample(self.steps))
         optimizer = self._optimizer()
@@ -135,7 +140,7 @@ class Run:
             Numbered(self.streams.train) if numbered else self.streams.train,
             optimizer,
             epochs=recipe.epochs,
-            scheduler=self._scheduler(optimizer, batches),
+            scheduler=self._scheduler(optimizer),
             validation_batches=self.streams.validation,
             meta_optimizer=self._meta_optimizer() if learns else None,
             meta=recipe.meta if learns else None,
@@ -271,13 +276,13 @@ class Run:
         options = {"lr": recipe.meta_lr, "betas": recipe.meta_betas, "weight_decay": recipe.meta_weight_decay}
         return kind(self.distiller.meta_parameters(), **options)
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer, epoch_steps: int):
+    def _scheduler(self, optimizer: torch.optim.Optimizer):
         recipe = self.settings.recipe
         if recipe.schedule == "constant":
             return None
         if recipe.schedule == "cosine":
             return warmup_cosine(optimizer, self.steps, recipe.warmup / recipe.epochs, recipe.end)
-        return step_decay(optimizer, [milestone * epoch_steps for milestone in recipe.milestones])
+        return step_decay(optimizer, [self.ends[min(epoch, recipe.epochs)] for epoch in recipe.milestones])
 
 
 class Numbered:
