@@ -63,7 +63,7 @@ def head(d: PathwaysAndTemperatures, outputs, teacher_outputs, targets) -> Tenso
 
 
 class Paper:
-    """Virtual step, validation, two displaced passes, phi, and the step anew: 5 forwards, 3 backwards of the student."""
+    """Virtual step, validation, two displaced passes, phi, the step anew: 5 forwards, 3 backwards of the student."""
 
     def __init__(self, d, optimizer, meta_optimizer):
         self.d, self.optimizer, self.meta_optimizer = d, optimizer, meta_optimizer
@@ -98,7 +98,7 @@ class Paper:
         self.optimizer.step()
 
 
-class frozen:  # noqa: N801  (a context manager)
+class frozen:
     """No gradient in a module's parameters meanwhile."""
 
     def __init__(self, module: nn.Module):

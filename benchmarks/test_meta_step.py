@@ -162,6 +162,7 @@ def measured() -> dict[str, tuple[list[float], float | None]]:
             {name: step.run for name, step in steps.items()},
             seconds=60.0,
             sync=False,
+            warmup=1,
         )
         for name, seconds in rounds.items():
             _measured[name] = [t / steps[name].calls for t in seconds], errors[name]
@@ -178,6 +179,7 @@ def truth(distiller, train, validation, state) -> torch.Tensor:
     return torch.cat([h.flatten() for h in exact_hypergradient(double, *batches, optimizer)])
 
 
+@pytest.mark.timeout(0)  # the first of them times all
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_meta_step(benchmark, implementation):
     found = measured()

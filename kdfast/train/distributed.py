@@ -1,7 +1,7 @@
 """What several processes of one training say to each other; alone, each of these does nothing."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -55,3 +55,18 @@ def gathered(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+class Share:
+    """This process's part of each batch of (inputs, targets) that all processes are given alike."""
+
+    def __init__(self, batches: Sized):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        share = slice(rank(), None, world_size())
+        for inputs, targets in self.batches:
+            yield inputs[share], targets[share]
