@@ -115,7 +115,10 @@ def higher_step(d, optimizer, meta_optimizer, train, validation, taught) -> None
     """By facebookresearch/higher: exact, double backward through the unrolled step; then the step anew."""
     import higher
 
-    with higher.innerloop_ctx(d.student, optimizer_of(d.student), copy_initial_weights=True) as (network, inner):
+    of_student = torch.optim.SGD(d.student.parameters(), lr=LR, momentum=MOMENTUM)
+    for p in d.student.parameters():
+        of_student.state[p] = dict(optimizer.state[p])
+    with higher.innerloop_ctx(d.student, of_student, copy_initial_weights=True) as (network, inner):
         inner.step(head(d, network(train[0], features=True), taught, train[1]))
         loss = d.validation_loss(network(validation[0], features=True), validation[1])
         for p, h in zip(d.meta_parameters(), torch.autograd.grad(loss, list(d.meta_parameters())), strict=True):
@@ -124,7 +127,8 @@ def higher_step(d, optimizer, meta_optimizer, train, validation, taught) -> None
 
 
 def torchopt_step(d, optimizer, meta_optimizer, train, validation, taught) -> None:
-    """By metaopt/torchopt's MetaSGD: exact, double backward through the unrolled step; then the step anew."""
+    """By metaopt/torchopt's MetaSGD: double backward through the unrolled step, exact but for the momentum, which begins
+    at zero; then the step anew."""
     import torchopt
 
     inner = torchopt.MetaSGD(d.student, lr=LR)
@@ -135,10 +139,6 @@ def torchopt_step(d, optimizer, meta_optimizer, train, validation, taught) -> No
         p.grad = h
     torchopt.recover_state_dict(d.student, before)
     anew(d, optimizer, meta_optimizer, train, taught)
-
-
-def optimizer_of(student: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(student.parameters(), lr=LR)
 
 
 def anew(d, optimizer, meta_optimizer, train, taught) -> None:
