@@ -89,8 +89,14 @@ def _folder(context: click.Context, parameter: click.Parameter, value: Path) -> 
     help="In how many the students are trained.",
 )
 def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], epochs: int, processes: int) -> None:
-    """Train a teacher, then students alone and by each method, and report how they compare."""
-    console = Console()
+    """Train a teacher, then students alone and by each method, and report how they compare.
+
+    Under torchrun every training is all its processes', on the CPU.
+    """
+    distributed.start(torch.device("cpu"))
+    first = distributed.rank() == 0
+    processes = processes if distributed.world_size() == 1 else 1
+    console = Console(quiet=not first)
     recipe = Recipe().scaled(epochs)
     start = time.perf_counter()
     threads = torch.get_num_threads()
@@ -122,11 +128,12 @@ def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], 
                 on_run=on_run,
             )
             progress.update(task, description="writing the report")
-            paths = write_report(comparison, out)
+            paths = write_report(comparison, out) if first else []
     except (ImportError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     finally:
         torch.set_num_threads(threads)
+        distributed.stop()
     console.print(table(comparison))
     console.print(f"{time.perf_counter() - start:.0f} s; {', '.join(path.name for path in paths)} are in {out}/")
 

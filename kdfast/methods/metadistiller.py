@@ -28,6 +28,19 @@ class ExitOutputs(NamedTuple):
     features: list[Tensor]
 
 
+class ExitEnsemble(nn.Module):
+    """A network and its early exits, as one that returns the mean of all their logits, [batch, classes]."""
+
+    def __init__(self, network: nn.Module, exits: nn.ModuleList):
+        super().__init__()
+        self.network, self.exits = network, exits
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits, features = self.network(inputs, features=True)
+        early = [exit(feature) for exit, feature in zip(self.exits, features[:-1], strict=True)]
+        return torch.stack([logits, *early]).mean(0)
+
+
 class DeeplySupervised(Distiller):
     """Early exits that learn from the labels alone: CE(final, labels) + weight * sum_k CE(exit_k, labels).
 
@@ -40,7 +53,6 @@ class DeeplySupervised(Distiller):
         classes: number of logits; by default that of the student's last linear layer.
         strides: of the K-1 exits, how many times larger their maps are than the last stage's; by default each stage
             halves them.
-        ensemble: whether `logits` is the mean of all outputs' logits, for inference, or the final one's.
         task_loss, validation_loss: see `Distiller`.
 
     Source: Lee et al., "Deeply-Supervised Nets", AISTATS 2015 (arXiv:1409.5185), as MetaDistiller compares with it.
@@ -60,7 +72,6 @@ class DeeplySupervised(Distiller):
         channels: Sequence[int] | None = None,
         classes: int | None = None,
         strides: Sequence[int] | None = None,
-        ensemble: bool = False,
         task_loss: Loss = cross_entropy,
         validation_loss: Loss | None = None,
     ):
@@ -77,7 +88,7 @@ class DeeplySupervised(Distiller):
         odd = [stride for stride in self.strides if stride & (stride - 1)]
         if exit == "sepconv" and odd:
             raise ValueError(f'exit="sepconv" halves the maps, so strides must be powers of two, got {odd[0]}.')
-        self.weight, self.ensemble, self._kind = weight, ensemble, exit
+        self.weight, self._kind = weight, exit
         self.exits = nn.ModuleList(
             Exit(self.channels[k], self.channels[-1], self.classes, self.strides[k], exit) for k in range(early)
         )
@@ -93,13 +104,11 @@ class DeeplySupervised(Distiller):
         return ExitOutputs(logits, exits, features)
 
     def logits(self, outputs: ExitOutputs) -> Tensor:
-        """The final logits, or with `ensemble` the mean of all outputs' logits."""
-        if not self.ensemble:
-            return outputs.logits
-        return torch.stack([outputs.logits, *outputs.exits]).mean(0)
+        return outputs.logits
 
-    def validation_loss(self, outputs: ExitOutputs, targets: Any) -> Tensor:
-        return (self._validation_loss or self.task_loss)(outputs.logits, targets)
+    def export_ensemble(self) -> ExitEnsemble:
+        """The student with its exits, as one network whose logits [batch, classes] are the mean of all outputs'."""
+        return ExitEnsemble(self.student, self.exits)
 
     def losses(self, outputs: ExitOutputs, teacher_outputs: Any, targets: Any) -> dict[str, Tensor]:
         hard = sum(self.task_loss(logits, targets) for logits in outputs.exits)
@@ -109,11 +118,11 @@ class DeeplySupervised(Distiller):
 class SelfDistillation(DeeplySupervised):
     """Early exits that learn from the labels and the network's own final output.
 
-    Train loss: CE(final, labels) + sum_k [alpha CE(exit_k, labels) + (1 - alpha) tau^2 KL(final || exit_k)]. As a target
-    the final output is a constant.
+    Train loss: CE(final, labels) + sum_k [alpha CE(exit_k, labels) + (1 - alpha) tau^2 KL(final || exit_k)]. The final
+    output is a constant where it is a target.
 
     Args:
-        student: as for `DeeplySupervised`, as are exit, channels, classes, strides and ensemble.
+        student: as for `DeeplySupervised`, as are exit, channels, classes and strides.
         alpha: share of the labels in an exit's loss, in [0, 1]. The default is MetaDistiller's.
         temperature: tau > 0, of both. The default is MetaDistiller's; the method's published codes have 3.
 
@@ -173,7 +182,7 @@ class MetaDistiller(SelfDistillation):
     `start_epoch` says in `meta_active` which it is.
 
     Args:
-        student: as for `DeeplySupervised`, as are exit, channels, classes, strides and ensemble.
+        student: as for `DeeplySupervised`, as are exit, channels, classes and strides.
         alpha: share of the labels in an exit's loss, in [0, 1]; the paper's 0.5.
         temperature: tau > 0, of both; the paper's 1.
         meta_every_epochs: the paper's M, 5.
@@ -233,8 +242,12 @@ class MetaDistiller(SelfDistillation):
         self.meta_every_epochs, self.meta_active = meta_every_epochs, True
         self.detach_targets, self.meta_objective = detach_targets, meta_objective
 
+    def learns_in(self, epoch: int) -> bool:
+        """Whether the generator learns in this epoch, counted from 0."""
+        return epoch % self.meta_every_epochs == 0
+
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        self.meta_active = epoch % self.meta_every_epochs == 0
+        self.meta_active = self.learns_in(epoch)
 
     def teacher_outputs(self, inputs: Tensor) -> dict[str, list[Tensor]]:
         """An empty place for what a batch's targets are made of, see `soft_targets`."""

@@ -43,9 +43,9 @@ class SelfGuidance(Distiller):
         strength: the paper's lambda, 0.25.
         temperature: tau > 0, of both; the paper's 3.
         teacher_gradient: "task": the teacher learns from the labels and is a constant to the divergence; "all": it
-            learns from the divergence too; "none": not at all, the paper's ablation without its backward pass. The paper
-            has the teacher learn and does not say from what; a constant target is what the code of ONE has, from which
-            the paper takes tau^2.
+            learns from the divergence too; "none": not at all, the paper's ablation without its backward pass. The
+            paper has the teacher learn and does not say from what; a constant target is what the code of ONE has, from
+            which the paper takes tau^2.
         divergence: "forward_kl", KL(teacher || student), as in distillation; or "reverse_kl". The paper writes
             KL(student, teacher) and gives no formula.
         batch_norm: whose pass moves the running statistics: the "teacher"'s, which is what is deployed; the
@@ -113,7 +113,7 @@ class SelfGuidance(Distiller):
         return GuidedOutputs(full, sub)
 
     def _run(self, inputs: Tensor, factors: Tensor, keep: bool = True) -> Tensor:
-        """The network with its branches times `factors` [branches]; where not to `keep` them, its buffers stay as they are."""
+        """The network with its branches times `factors` [branches]; its buffers move only where they are to be kept."""
         tensors = scaled(self.student, self._scales, factors)
         if not keep:
             tensors |= {name: buffer.clone() for name, buffer in self.student.named_buffers()}

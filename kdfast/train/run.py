@@ -9,8 +9,8 @@ RUN/process.safetensors      what a DistPro search found
 RUN/tensorboard/             curves
 """
 
-import functools
 import inspect
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kdfast.data import Stream, Streams, loaders
-from kdfast.meta import Process, meta_kd_step
+from kdfast.meta import Process
 from kdfast.methods import METHODS, Distiller
 from kdfast.models import Tapped
 from kdfast.train import distributed
@@ -120,8 +120,12 @@ class Run:
         process = self._followed()
         learns = recipe.meta_optimizer is not None
         searches = learns and recipe.method == "distpro"
-        batches = math.ceil(len(self.streams.train) / settings.accumulate)
-        self.steps = recipe.epochs * batches
+        lengths = [math.ceil(len(self.streams.train) / settings.accumulate)] * recipe.epochs
+        if halves is not None and learns:
+            learns_in = getattr(self.distiller, "learns_in", lambda epoch: True)
+            lengths = [len(halves.train) if learns_in(epoch) else steps for epoch, steps in enumerate(lengths)]
+        self.ends = [0, *itertools.accumulate(lengths)]  # steps done before each epoch, and at the end
+        self.steps = self.ends[-1]
         if process is not None:
             self.distiller.follow(process.resample(self.steps))
         optimizer = self._optimizer()
@@ -136,11 +140,10 @@ class Run:
             Numbered(self.streams.train) if numbered else self.streams.train,
             optimizer,
             epochs=recipe.epochs,
-            scheduler=self._scheduler(optimizer, batches),
+            scheduler=self._scheduler(optimizer),
             validation_batches=self.streams.validation,
             meta_optimizer=self._meta_optimizer() if learns else None,
-            # Rounding in bfloat16 needs the displacement both ways.
-            meta_step=functools.partial(meta_kd_step, tangent="central" if settings.precision == "bf16" else "forward"),
+            meta=recipe.meta if learns else None,
             halves=fresh_halves if halves is not None else None,
             evaluation=self.streams.test,
             evaluate_every=settings.evaluate_every,
@@ -273,13 +276,13 @@ class Run:
         options = {"lr": recipe.meta_lr, "betas": recipe.meta_betas, "weight_decay": recipe.meta_weight_decay}
         return kind(self.distiller.meta_parameters(), **options)
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer, epoch_steps: int):
+    def _scheduler(self, optimizer: torch.optim.Optimizer):
         recipe = self.settings.recipe
         if recipe.schedule == "constant":
             return None
         if recipe.schedule == "cosine":
             return warmup_cosine(optimizer, self.steps, recipe.warmup / recipe.epochs, recipe.end)
-        return step_decay(optimizer, [milestone * epoch_steps for milestone in recipe.milestones])
+        return step_decay(optimizer, [self.ends[min(epoch, recipe.epochs)] for epoch in recipe.milestones])
 
 
 class Numbered:

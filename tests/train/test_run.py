@@ -1,5 +1,6 @@
 """Whole trainings from the command line, in processes of their own: killed, continued, several at once."""
 
+import itertools
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from torch import nn
 from kdfast.data import Stream, load_digits
 from kdfast.methods import Alone
 from kdfast.train.checkpoint import load_checkpoint
+from kdfast.train.recipes import default_recipe
+from kdfast.train.run import Run, Settings
 from kdfast.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,3 +142,21 @@ def test_torchrun_trains_alike(tmp_path):
     state = load_checkpoint(tmp_path / "2" / "checkpoint.safetensors")
     assert len(state["processes"]) == 2
     assert not torch.equal(state["processes"][0]["random"]["torch"], state["processes"][1]["random"]["torch"])
+
+
+def test_rate_falls_in_its_epoch_although_those_on_halves_are_shorter(tmp_path):
+    recipe = replace(
+        default_recipe("metadistiller"),
+        epochs=4,
+        milestones=(3,),
+        batch_size=100,
+        augment="none",
+        options={"meta_every_epochs": 2, "exit": "linear"},
+    )
+    run = Run(Settings(recipe, "digits", "resnet8(widths=(2,2,4))"), tmp_path)
+    epochs = run.run()["epochs"]
+    assert [record["steps"] for record in epochs] == run.ends[1:]
+    assert len({b - a for a, b in itertools.pairwise(run.ends)}) == 2  # whole and half epochs
+    # each record has the rate after its epoch's last step: that of the next epoch
+    assert [record["lr"] for record in epochs] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert run.steps == run.trainer.step
