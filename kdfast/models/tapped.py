@@ -4,7 +4,7 @@ import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -88,37 +88,36 @@ class Tapped(nn.Module):
             graph = tracer.trace(root)
         except Exception as error:
             raise ValueError(
-                f"A {name} cannot be traced by torch.fx ({str(error).splitlines()[0]}); let its forward(images, "
-                "features=True) return (logits, features) itself."
+                f"A {name} cannot be traced by torch.fx ({_first_line(error)}); let its forward(images, features=True) "
+                "return (logits, features) itself."
             ) from error
-        nodes = []
+        taps = []
         for layer in self.layers:
-            output = tracer.outputs.get(self.model.get_submodule(layer))
-            if output is None:
+            output, returned = tracer.outputs.get(self.model.get_submodule(layer), (None, None))
+            if returned is None:
                 mode = "train" if root.training else "eval"
                 raise ValueError(f"The layer {layer!r} of the {name} does not run in {mode} mode; choose another.")
             if not isinstance(output, fx.Proxy):
                 raise ValueError(f"The layer {layer!r} of the {name} must return one tensor; choose one inside it.")
-            nodes.append(output.node)
-        watch = _Watch(root, graph, nodes)
+            taps.append(_Tap(output.node, returned, _channels_come_last(self.model, layer)))
+        watch = _Watch(root, graph, taps)
         try:
             watch.run(images)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"A {name} does not run on images {list(images.shape)} ({str(error).splitlines()[0]}); give an example "
-                "of those it takes."
+                f"A {name} does not run on images {list(images.shape)} ({_first_line(error)}); give an example of "
+                "those it takes."
             ) from error
-        for node, layer in zip(nodes, self.layers, strict=True):
-            value = watch.values[node]
+        for tap, layer in zip(taps, self.layers, strict=True):
+            value = watch.values[tap.node]
             if not isinstance(value, Tensor) or not 2 <= value.dim() <= 4:
                 came = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
                     f"The layer {layer!r} of the {name} must return [batch, channels, height, width] or [batch, "
                     f"tokens, channels], got {came}; choose another."
                 )
-        last = [_channels_come_last(self.model, layer) for layer in self.layers]
         (end,) = (node for node in graph.nodes if node.op == "output")
-        end.args = ((end.args[0], [_tapped(graph, *of, watch) for of in zip(nodes, last, strict=True)]),)
+        end.args = ((end.args[0], [_tapped(graph, tap, watch) for tap in taps]),)
         for node in graph.nodes:  # constants that the network makes on its way
             if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
                 self.register_buffer(node.target, getattr(root, node.target), persistent=False)
@@ -144,11 +143,19 @@ def bare(network: nn.Module) -> nn.Module:
     return network.model if isinstance(network, Tapped) else network
 
 
+class _Tap(NamedTuple):
+    """A layer's output, the last node that had run when the layer returned it, whether its channels come last."""
+
+    node: fx.Node
+    returned: fx.Node
+    channels_last: bool
+
+
 class _Tracer(fx.Tracer):
     """Traces through all modules but torch's own and those that their library asks to leave whole.
 
     Attributes:
-        outputs: what each module returned.
+        outputs: what each module returned, and the last node by then.
     """
 
     def __init__(self, model: nn.Module):
@@ -163,46 +170,54 @@ class _Tracer(fx.Tracer):
 
             wrapped_functions, self._whole = tuple(get_notrace_functions()), tuple(get_notrace_modules())
         super().__init__(autowrap_modules=tuple(wrapped_modules), autowrap_functions=wrapped_functions)
-        self.outputs: dict[nn.Module, Any] = {}
+        self.outputs: dict[nn.Module, tuple[Any, fx.Node]] = {}
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         whole = type(module).__module__.startswith("torchvision.ops.") and not isinstance(module, nn.Sequential)
         return whole or isinstance(module, self._whole) or super().is_leaf_module(module, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        self.outputs[m] = output = super().call_module(m, forward, args, kwargs)
+        output = super().call_module(m, forward, args, kwargs)
+        self.outputs[m] = output, next(iter(reversed(self.graph.nodes)))
         return output
 
 
 class _Watch(fx.Interpreter):
-    """Runs a graph and remembers the values of some nodes, and how often each had been changed in place by then."""
+    """Runs a graph and remembers the tapped values, and how often each was changed in place until it was returned."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, nodes: Sequence[fx.Node]):
+    def __init__(self, root: nn.Module, graph: fx.Graph, taps: Sequence[_Tap]):
         super().__init__(root, graph=graph)
-        self._watched = set(nodes)
+        self._taps = taps
         self.values: dict[fx.Node, Any] = {}
-        self._versions: dict[fx.Node, int] = {}
+        self._versions: dict[_Tap, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self._watched:
-            self.values[n] = value
-            if isinstance(value, Tensor):
-                self._versions[n] = value._version
+        for tap in self._taps:
+            if n is tap.node:
+                self.values[n] = value
+            if n is tap.returned and isinstance(self.values[tap.node], Tensor):
+                self._versions[tap] = self.values[tap.node]._version
         return value
 
-    def changed_later(self, node: fx.Node) -> bool:
-        return self.values[node]._version != self._versions[node]
+    def changed_later(self, tap: _Tap) -> bool:
+        return self.values[tap.node]._version != self._versions[tap]
 
 
-def _tapped(graph: fx.Graph, node: fx.Node, channels_last: bool, watch: _Watch) -> fx.Node:
+def _tapped(graph: fx.Graph, tap: _Tap, watch: _Watch) -> fx.Node:
     """The node to return for it: the same, a copy where it is changed later, its channels brought to the front."""
-    with graph.inserting_after(node):
-        tap = graph.call_method("clone", (node,)) if watch.changed_later(node) else node
-    if channels_last and watch.values[node].dim() == 4:
-        with graph.inserting_after(tap):
-            tap = graph.call_method("permute", (tap, 0, 3, 1, 2))
-    return tap
+    node = tap.node
+    if watch.changed_later(tap):
+        with graph.inserting_after(tap.returned):
+            node = graph.call_method("clone", (node,))
+    if tap.channels_last and watch.values[tap.node].dim() == 4:
+        with graph.inserting_after(tap.returned if node is tap.node else node):
+            node = graph.call_method("permute", (node, 0, 3, 1, 2))
+    return node
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _function(graph: fx.Graph) -> Callable[[nn.Module, Tensor], tuple[Any, list[Tensor]]]:

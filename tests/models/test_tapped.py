@@ -136,6 +136,39 @@ def test_state_dict_of_the_bare_model_loads_in_plain_timm():
     assert tapped.state_dict().keys() == {f"model.{name}" for name in theirs.state_dict()}
 
 
+class InPlace(nn.Module):
+    """Works in place on what it returns, as does the network that holds it."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            x.mul_(3.0)
+            return x
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.linear = self.Block(), nn.Linear(4, 2)
+
+    def forward(self, images):
+        x = self.block(images)
+        x.relu_()
+        return self.linear(x.mean((2, 3)))
+
+
+def test_outputs_are_those_of_the_moment_they_are_returned():
+    network = InPlace()
+    images = torch.randn(2, 3, 4, 4)
+    logits, (conv, block) = Tapped(network, ["block.conv", "block"])(images, features=True)
+    expected = network.block.conv(images)
+    torch.testing.assert_close(conv, expected)
+    torch.testing.assert_close(block, 3 * expected)
+    torch.testing.assert_close(logits, network.linear((3 * expected).relu().mean((2, 3))))
+
+
 class Constant(nn.Module):
     """Makes a tensor of its own on the way, and returns a tuple from a layer."""
 
