@@ -58,7 +58,22 @@ def pytest_terminal_summary(terminalreporter, config):
             key = (info["op"], info["case"], info["dtype"], info["device"])
             groups.setdefault(key, {})[info["impl"]] = (statistics.median(bench.stats.data), info)
     for op in sorted({key[0] for key in groups}):
-        table(terminalreporter, op, {key: group for key, group in groups.items() if key[0] == op})
+        group = {key: found for key, found in groups.items() if key[0] == op}
+        (steps if op == "meta_step" else table)(terminalreporter, op, group)
+
+
+def steps(reporter, op: str, groups: dict) -> None:
+    """Whole training steps: each with its time over the papers', the plain one's and the floor, and its error."""
+    rows = [(name, *found) for group in groups.values() for name, found in group.items()]
+    threads = rows[0][2]["threads"]
+    reporter.section(f"{op}: medians of interleaved rounds, {threads} threads, torch {torch.__version__}")
+    reporter.write_line(f"{'':>18} {'ms':>8} {'/ paper':>8} {'/ plain':>8} {'x floor':>8} {'error':>9}")
+    for name, median, info in rows:
+        error = "" if info["error"] is None else f"{info['error']:9.1e}"
+        reporter.write_line(
+            f"{name:>18} {median * 1e3:8.0f} {info['times_paper']:8.3f} {info['times_plain_kd']:8.2f} "
+            f"{info['times_floor']:8.2f} {error}"
+        )
 
 
 def table(reporter, op: str, groups: dict) -> None:

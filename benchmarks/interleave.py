@@ -15,13 +15,13 @@ _measured: dict[tuple, dict[str, list[float]]] = {}
 
 
 def measure(
-    key: tuple, implementations: dict[str, Callable[[], None]], seconds: float, sync: bool
+    key: tuple, implementations: dict[str, Callable[[], None]], seconds: float, sync: bool, warmup: int = 3
 ) -> dict[str, list[float]]:
     """Seconds of every round by implementation: 7 rounds at least, as many as fit into `seconds` otherwise."""
     if key in _measured:
         return _measured[key]
     for run in implementations.values():
-        for _ in range(3):
+        for _ in range(warmup):
             run()
     rounds = {name: [] for name in implementations}
     gc.collect()

@@ -15,7 +15,7 @@ from kdfast.losses import (
     topk_kd_loss,
     topk_teacher,
 )
-from kdfast.meta import MetaStepReport, Process, exact_hypergradient, meta_kd_step
+from kdfast.meta import MetaKD, MetaStepReport, Process, exact_hypergradient, meta_kd_step
 from kdfast.methods import (
     AT,
     CRD,
@@ -56,6 +56,7 @@ __all__ = [
     "FitNet",
     "KDLoss",
     "MetaDistiller",
+    "MetaKD",
     "MetaStepReport",
     "Process",
     "ReviewKD",

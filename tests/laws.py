@@ -111,7 +111,7 @@ def close(got, want, rtol=1e-9, atol=1e-11):
 # The same numbers, [rows, classes] or [rows], lying otherwise in memory.
 LAYOUTS = {
     "columns first": lambda x: x.T.contiguous().T if x.dim() == 2 else x,
-    "every second column": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+    "every second column": lambda x: torch.stack([x, (x + 1).to(x.dtype)], -1)[..., 0],
     "rows of a wider tensor": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
 }
 
@@ -153,9 +153,10 @@ def check_case(op: LawfulOp, case: Case) -> bool:
     The rule: no entry is off by more than 1e-9 (fp64 arithmetic) or 32 ulp (fp32) of the largest entry; entries stored
     in 16 bits by two ulp of their own more: a gradient made in the forward sweep is rounded again when it is scaled.
     Where a sum cancels deeper in this draw, twice PyTorch's error is right too, in the arithmetic type and not the
-    storage type; and so is a rounding of the terms, as autograd on its other way may meet an exact zero: terms of the
-    spread in a row (1 where it is not extreme), and in the sums over a row (what has fewer dimensions than the first
-    tensor: values, gradients of temperatures) those of test_extremes, entropies times the square of a temperature.
+    storage type; and so are two roundings of the terms (of a product, and of the sum it goes into), as autograd on its
+    other way may meet an exact zero: terms of the spread in a row (1 where it is not extreme), and in the sums over a
+    row (what has fewer dimensions than the first tensor: values, gradients of temperatures) those of test_extremes,
+    entropies times the square of a temperature.
     """
     change, spread = op.extremes[case.extreme] if case.extreme else (None, 1)
     tensors, kwargs = op.make(case.shape, case.dtype, case.variant, case.seed, change)
@@ -175,7 +176,7 @@ def check_case(op: LawfulOp, case: Case) -> bool:
         if not (off := largest(x, truth, part)):
             continue
         theirs = errors_of_pytorch(op, tensors, kwargs, arithmetic, exact) if theirs is None else theirs
-        terms = max(spread, 1) if x.dim() == tensors[0].dim() else 16 * max(spread, 10)
+        terms = 2 * max(spread, 1) if x.dim() == tensors[0].dim() else 16 * max(spread, 10)
         assert off <= max(2 * theirs[i], torch.finfo(arithmetic).eps * terms), (
             f"{what}: off by {off:.2e}, PyTorch in {arithmetic} by {theirs[i]:.2e}, largest entry "
             f"{truth.abs().max():.2e}"
@@ -342,9 +343,16 @@ class Laws:
         tensors, kwargs = self.op.make(shape, torch.float32, variant)
         value, grads = gradients(self.op.call, tensors, kwargs)
         for name in LAYOUTS:
-            got = gradients(self.op.call, tuple(laid(t, name) for t in tensors), kwargs)
-            for a, b in zip(leaves(got), leaves((value, grads)), strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+            everything = tuple(laid(t, name) for t in tensors)
+            kinds = {"all": (everything, kwargs)}
+            for i in range(len(tensors)):  # each alone, the others contiguous
+                kinds[f"input {i}"] = ((*tensors[:i], everything[i], *tensors[i + 1 :]), kwargs)
+            kinds["labels, weights"] = (tensors, tree_map_only(Tensor, lambda x, name=name: laid(x, name), kwargs))
+            for which, (given, options) in kinds.items():
+                got = gradients(self.op.call, given, options)
+                for a, b in zip(leaves(got), leaves((value, grads)), strict=True):
+                    msg = lambda m, name=name, which=which: f"{name}, {which}: {m}"  # noqa: E731
+                    torch.testing.assert_close(a, b, rtol=0, atol=0, msg=msg)
 
     def test_extremes(self, variant, extreme):
         """Against fp64 truth of the very same numbers, in fp64 and fp32: finite where the definition is. `spread` is

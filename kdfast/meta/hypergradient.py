@@ -3,100 +3,79 @@
     theta+ = step(theta, g),   g = dL(theta, phi)/dtheta,   v = dL_val(theta+)/dtheta+
     h = dL_val(theta+)/dphi = d/dphi <g(theta, phi), w>,    w = (d theta+/dg)^T v
 
-and <g, w> is the derivative of L along w, so that h is the derivative of G = dL/dphi along w: a
-difference of two G, each the gradient of the head alone at the student's outputs. The network is
-never differentiated twice. docs/math/hypergradient.md derives this, the size of the displacement
-and its error.
+and <g, w> is the derivative D of L along w: with the student's tangent f_dot along w, D = <dL/df, f_dot> is a
+derivative of the head alone, and h that of D in phi. The network is never differentiated twice.
+docs/math/hypergradient.md derives this, the size of the displacement and its error.
 
 Everything here is evaluated on a `Shadow`: the live parameters, buffers and random state are read only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from kdfast.meta import processes, tangents
 from kdfast.meta.inner import functional_step
+from kdfast.meta.shadow import Shadow
+from kdfast.meta.tangents import Batch, TrainPass
 from kdfast.ops.perturb import perturb
 
-TANGENTS = ("forward", "central")
+TANGENTS = ("forward", "central", "jvp", "exact")
 
 # Relative size of the displacement. Truncation grows with it, rounding falls with it; the curves are in
-# docs/math/hypergradient.md. In bfloat16 a forward difference has no good size: the two meet at 25 % error.
+# docs/math/hypergradient.md.
 RADIUS = {
     ("forward", "float64"): 1e-7,
-    ("central", "float64"): 1e-7,
-    ("forward", "float32"): 1e-3,
-    ("central", "float32"): 1e-3,
+    ("central", "float64"): 1e-6,
+    ("forward", "float32"): 3e-4,
+    ("central", "float32"): 3e-4,
     ("forward", "tf32"): 1e-2,
     ("central", "tf32"): 1e-2,
-    ("central", "bfloat16"): 3e-2,
+    ("central", "float16"): 1e-2,
+    ("central", "bfloat16"): 1e-1,
 }
 
 
-class _Halves(nn.Module):
-    """Runs a function of the distiller as a forward, which is what functional_call can evaluate elsewhere."""
-
-    def __init__(self, distiller: nn.Module):
-        super().__init__()
-        self.distiller = distiller
-
-    def forward(self, function: Callable, *args):
-        return function(self.distiller, *args)
-
-
-class Shadow:
-    """The distiller as it is now, to be evaluated at other parameters.
-
-    Each evaluation has its own copy of the buffers as they were when the shadow was made, so that BatchNorm
-    statistics and their counters see none of it, and every train pass starts where the real one did.
-
-    Args:
-        distiller: the module; it is read, never written.
-        inner: its trainable inner parameters.
-    """
-
-    def __init__(self, distiller: nn.Module, inner: Sequence[nn.Parameter]):
-        self.module = _Halves(distiller)
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        self.names = [names[id(p)] for p in inner]
-        self.buffers = {name: b.clone() for name, b in self.module.named_buffers()}
-        self.devices = sorted({p.device.index for p in inner if p.is_cuda})
-        self.random_state = (torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self.devices])
-
-    def replay(self) -> None:
-        """Set the random state to the one in which the shadow was made, so that dropout drops the same units."""
-        torch.set_rng_state(self.random_state[0])
-        for device, state in zip(self.devices, self.random_state[1], strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-    def at(self, values: Sequence[Tensor], function: Callable, *args) -> Any:
-        """`function(distiller, *args)` with the inner parameters at `values` (shaped like them)."""
-        tensors = {name: b.clone() for name, b in self.buffers.items()}
-        tensors |= dict(zip(self.names, values, strict=True))
-        return functional_call(self.module, tensors, (function, *args))
-
-
-def train_parts(distiller, batch: tuple[Any, Tensor], teacher_outputs: Any) -> dict[str, Tensor]:
-    """The named parts of the training loss."""
-    inputs, targets = batch
-    return distiller.losses(distiller.student_outputs(inputs), teacher_outputs, targets)
-
-
-def validation_loss(distiller, batch: tuple[Any, Tensor]) -> Tensor:
+def validation_loss(distiller, batch: Batch) -> Tensor:
     """What the meta-parameters are to lower."""
     inputs, targets = batch
     return distiller.validation_loss(distiller.student_outputs(inputs), targets)
 
 
-def _head_loss(distiller, batch: tuple[Any, Tensor], teacher_outputs: Any) -> Tensor:
-    """The training loss as a function of the meta-parameters alone."""
-    inputs, targets = batch
-    with torch.no_grad():
-        outputs = distiller.student_outputs(inputs)
-    return sum(distiller.losses(outputs, teacher_outputs, targets).values())
+class Clip(NamedTuple):
+    """A gradient's clipping by its norm: factor = min(1, bound / (norm + 1e-6)), as PyTorch has it."""
+
+    norm: Tensor
+    factor: Tensor
+
+
+def clip(gradients: Sequence[Tensor | None], bound: float) -> Clip:
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+    return Clip(norm, (bound / (norm + 1e-6)).clamp(max=1.0))
+
+
+class Taken(NamedTuple):
+    """A step of the student, and what the meta-gradient through it needs.
+
+    Attributes:
+        shadow: made before the step.
+        passes: its training passes, one a batch.
+        theta: the inner parameters before it.
+        gradients: g as the optimizer got it, shaped like theta.
+        slopes: the diagonal of d theta+/dg.
+        factor: what each pass's loss was multiplied by before its backward pass.
+        clip: how g was clipped, or None.
+    """
+
+    shadow: Shadow
+    passes: list[TrainPass]
+    theta: list[Tensor]
+    gradients: list[Tensor | None]
+    slopes: list[float | Tensor | None]
+    factor: float | Tensor
+    clip: Clip | None
 
 
 class Direction(NamedTuple):
@@ -106,14 +85,18 @@ class Direction(NamedTuple):
         ahead: theta + epsilon w, all inner parameters; those which the head or the validation loss does not reach
             stay at theta, as do all where w is zero or not finite.
         behind: theta - epsilon w, if asked for.
+        w: shaped like theta, None where nothing moves.
         slope: <g, w>, the exact derivative of the training loss along w.
+        size: what an error of the slope is relative to: its own, or what clipping took away of it.
         epsilon: the factor on w, 0 where w is zero or not finite.
         usable: bool, whether it is neither.
     """
 
     ahead: list[Tensor]
-    behind: list[Tensor]
+    behind: list[Tensor] | None
+    w: list[Tensor | None]
     slope: Tensor
+    size: Tensor
     epsilon: Tensor
     usable: Tensor
 
@@ -121,84 +104,152 @@ class Direction(NamedTuple):
 @torch.no_grad()
 def direction(
     values: Sequence[Tensor],  # theta
-    gradients: Sequence[Tensor | None],  # g, shaped like theta
+    gradients: Sequence[Tensor | None],  # g as the optimizer got it, shaped like theta
     slopes: Sequence[float | Tensor | None],  # diagonal of d theta+/dg
     v: Sequence[Tensor | None],  # shaped like theta
     radius: float,
     both: bool = False,
+    clipped: Clip | None = None,
 ) -> Direction:
     """The displacement of relative size `radius` along w = (d theta+/dg)^T v; with `both` also the one against it.
 
     epsilon = radius / sqrt(sum_l (|w_l| / d_l)^2), with d_l the norm of a weight tensor and sqrt(numel) for
     vectors (biases, normalisation): the displaced network is as far away whatever the weights' scale is.
     """
-    moved = [i for i, (s, x) in enumerate(zip(slopes, v, strict=True)) if s is not None and x is not None]
+    w = [None if s is None or x is None else s * x for s, x in zip(slopes, v, strict=True)]
+    size = None
+    if clipped is not None:
+        w, size = _through_clip(w, gradients, clipped)
+    moved = [i for i, x in enumerate(w) if x is not None]
     if not moved:
         zero = values[0].new_zeros(())
-        return Direction(list(values), list(values) if both else [], zero, zero, zero > 0)
-    factors = [1.0 if isinstance(slopes[i], Tensor) else slopes[i] for i in moved]
-    along = [slopes[i] * v[i] if isinstance(slopes[i], Tensor) else v[i] for i in moved]
-    points = perturb([values[i] for i in moved], [gradients[i] for i in moved], along, factors, radius, both)
-    ahead, behind = list(values), list(values) if both else []
+        return Direction(list(values), list(values) if both else None, w, zero, zero, zero, zero > 0)
+    at, g, along = ([x[i] for i in moved] for x in (values, gradients, w))
+    points = perturb(at, g, along, [1.0] * len(moved), radius, both)
+    ahead, behind = list(values), list(values) if both else None
     for point, displaced in ((ahead, points.ahead), (behind, points.behind)):
         for i, x in zip(moved, displaced, strict=False):
             point[i] = x
-    return Direction(ahead, behind, points.slope, points.epsilon, points.epsilon > 0)
+    slope = points.slope if clipped is None else points.slope / clipped.factor  # of g before it was clipped
+    size = (slope if size is None else size).abs()
+    return Direction(ahead, behind, w, slope, size, points.epsilon, (points.epsilon > 0) & slope.isfinite())
 
 
-class Tangent(NamedTuple):
-    """The meta-gradient along a direction.
+def _through_clip(w, gradients, clipped: Clip) -> tuple[list[Tensor | None], Tensor]:
+    """The transpose of the clipping's derivative: c w - g <g, w> c / (|g| (|g| + 1e-6)) where it clipped; and <g, c w>.
+
+    It couples all parameters through their norm: those which the validation loss does not reach move too. What is left
+    is all but orthogonal to g.
+    """
+    norm, factor = clipped
+    dot = sum((g * x).sum() for g, x in zip(gradients, w, strict=True) if x is not None)  # of the clipped g
+    pull = torch.where(factor < 1, dot / (factor * norm * (norm + 1e-6)), 0.0)
+    through = [
+        None if g is None else (-pull * g if x is None else factor * x - pull * g)
+        for g, x in zip(gradients, w, strict=True)
+    ]
+    return through, dot
+
+
+class Hypergradient(NamedTuple):
+    """The meta-gradient of a step.
 
     Attributes:
-        meta_gradient: h, shaped like the meta-parameters; zero where it could not be had.
-        tangent_error: relative error of the same difference of the training loss, whose derivative along w is known.
+        values: h, shaped like the meta-parameters; zero where it could not be had.
+        tangent_error: relative error of D, which is known, with the tangent that h was made of.
+        epsilon: factor of the displacement along w.
         usable: bool, whether h is the meta-gradient or a zero in its place.
     """
 
-    meta_gradient: list[Tensor]
+    values: list[Tensor]
     tangent_error: Tensor
+    epsilon: Tensor
     usable: Tensor
 
 
-def tangent_of_head(
-    shadow: Shadow,
-    along: Direction,
+def hypergradient(
+    taken: Taken,
+    v: Sequence[Tensor | None],  # dL_val/dtheta+, shaped like theta
     meta: Sequence[nn.Parameter],
-    batch: tuple[Any, Tensor],
-    teacher_outputs: Any,
-    base: tuple[Tensor, Sequence[Tensor | None]] | None,
-) -> Tangent:
-    """The derivative of G = dL/dphi along w: forward from `base` = (L, G) at theta, or without it central, for which
-    `along` has both points."""
-    if along.usable.is_cpu and not along.usable:  # on a GPU the passes run, and their result is replaced by zero
-        return _no_tangent(meta, along)
+    tangent: str,
+    radius: float,
+    fraction: float = 1.0,
+) -> Hypergradient:
+    """The meta-gradient of a step that was taken, averaged over the batches and the processes."""
+    both = tangent == "central"
+    along = direction(taken.theta, taken.gradients, taken.slopes, v, radius, both, taken.clip)
+    # On a GPU, where looking would mean waiting, the passes run, and their result is replaced by zero.
+    if along.usable.is_cpu and not along.usable:
+        return Hypergradient([torch.zeros_like(p) for p in meta], along.slope * torch.nan, along.epsilon, along.usable)
+    values, known = [torch.zeros_like(p) for p in meta], along.slope.new_zeros(())
+    for kept in taken.passes:
+        h, d = _of_pass(taken, kept, along, meta, tangent, fraction)
+        torch._foreach_add_(values, h, alpha=1 / len(taken.passes))
+        known += d.detach() / len(taken.passes)
+    *values, known = processes.average([*values, known], [*meta, known])
+    error = (known - along.slope).abs() / along.size
+    usable = along.usable & torch.stack([x.isfinite().all() for x in values]).all()
+    values = [torch.where(usable, x, 0.0).to(p.dtype) for p, x in zip(meta, values, strict=True)]
+    return Hypergradient(values, error, along.epsilon, usable)
 
-    def evaluate(point: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        shadow.replay()
-        loss = shadow.at(point, _head_loss, batch, teacher_outputs)
-        return loss.detach(), _gradient(loss, meta)
 
-    loss, gradient = evaluate(along.ahead)
-    if base is None:
-        base, width = evaluate(along.behind), 2 * along.epsilon
+def _of_pass(taken: Taken, kept: TrainPass, along: Direction, meta, tangent: str, fraction: float):
+    """(h, D) of one training pass."""
+    shadow, theta = taken.shadow, taken.theta
+    if fraction < 1:
+        kept = tangents.part_of(kept, fraction)
+        if tangent == "forward":
+            kept.outputs = tangents.evaluated(shadow, kept, theta)
+    if tangent == "exact":
+        return _by_double_backward(shadow, kept, theta, along.w, meta)
+    if tangent == "jvp":
+        kept.outputs, moved = tangents.jvp(shadow, kept, theta, along.w)
+        width, w = 1.0, along.w
     else:
-        base, width = base, along.epsilon
-    difference = (loss - base[0]) / width
-    error = (difference - along.slope).abs() / along.slope.abs()
-    h = [(a if b is None else a - b) / width for a, b in zip(gradient, base[1], strict=True)]
-    usable = along.usable & torch.stack([x.isfinite().all() for x in h]).all()
-    return Tangent([torch.where(usable, x, 0.0).to(p.dtype) for p, x in zip(meta, h, strict=True)], error, usable)
+        if tangent == "central" and kept.outputs is None:
+            kept.outputs = tangents.evaluated(shadow, kept, theta)
+        moved = tangents.difference(shadow, kept, along.ahead, along.behind)
+        width = along.epsilon * (1 if along.behind is None else 2)
+        w = [None if x is None else x * width for x in along.w]
+    forward = lambda: tangents.loss_along(shadow, kept, theta, w, moved)  # noqa: E731
+    # A recorded slope knows nothing of the head's own parameters, which a clipped gradient moves.
+    if kept.slope is None or taken.clip is not None or fraction < 1:
+        d = forward()
+        known = d
+    else:
+        d = kept.slope(tangents.as_outputs(kept, moved), taken.factor, forward)
+        known = tangents.slope_of(kept, moved, taken.factor)
+    h = gradient_of(d, meta)
+    return [x / width for x in h], known / width
 
 
-def _no_tangent(meta: Sequence[nn.Parameter], along: Direction) -> Tangent:
-    return Tangent([torch.zeros_like(p) for p in meta], torch.full_like(along.slope, torch.nan), along.usable)
+def _by_double_backward(shadow: Shadow, kept: TrainPass, theta, w, meta):
+    """(h, D) with <g, w> differentiated through g."""
+    kept.start.replay()
+    at = [x.detach().requires_grad_() for x in theta]
+    loss = sum(shadow.at(at, train_parts, kept.batch, kept.teacher_outputs).values())
+    gradients = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
+    pairs = [(g, x) for g, x in zip(gradients, w, strict=True) if g is not None and x is not None]
+    slope = sum((g * x).sum() for g, x in pairs)
+    return gradient_of(slope, meta), slope
 
 
-def _gradient(loss: Tensor, parameters: Sequence[Tensor], **options) -> list[Tensor]:
-    """Like autograd.grad, with zeros where the loss does not depend on a parameter."""
-    if not loss.requires_grad:
+def train_parts(distiller, batch: Batch, teacher_outputs: Any) -> dict[str, Tensor]:
+    """The named parts of the training loss."""
+    inputs, targets = batch
+    return distiller.losses(distiller.student_outputs(inputs), teacher_outputs, targets)
+
+
+def gradient_of(value: Tensor, parameters: Sequence[Tensor], **options) -> list[Tensor]:
+    """Like autograd.grad, with zeros where the value does not depend on a parameter."""
+    if not value.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
-    return list(torch.autograd.grad(loss, parameters, materialize_grads=True, **options))
+    return list(torch.autograd.grad(value, parameters, materialize_grads=True, **options))
+
+
+def default_tangent(parameter: Tensor) -> str:
+    """The cheapest whose error is known to be small in the precision in which the student computes."""
+    return "forward" if ("forward", _precision(parameter)) in RADIUS else "central"
 
 
 def default_radius(tangent: str, parameter: Tensor) -> float:
@@ -207,6 +258,8 @@ def default_radius(tangent: str, parameter: Tensor) -> float:
     Raises:
         ValueError: where no size is known to be accurate.
     """
+    if tangent in ("jvp", "exact"):
+        return 1.0  # nothing is displaced
     precision = _precision(parameter)
     if (tangent, precision) not in RADIUS:
         way_out = 'tangent="central", or radius=...' if ("central", precision) in RADIUS else "radius=..."
@@ -264,4 +317,4 @@ def exact_hypergradient(
         loss = sum(shadow.at(theta, train_parts, train_batch, teacher_outputs).values())
         gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
         stepped = functional_step(optimizer, inner, theta, gradients)
-        return _gradient(shadow.at(stepped, validation_loss, validation_batch), meta)
+        return gradient_of(shadow.at(stepped, validation_loss, validation_batch), meta)

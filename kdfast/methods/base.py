@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kdfast.models.tapped import bare
+
 Loss = Callable[[Any, Any], Tensor]  # of (logits, targets), to a scalar
 
 
@@ -68,6 +70,22 @@ class Distiller(nn.Module):
         """The named parts of the training loss, which is their sum."""
         raise NotImplementedError
 
+    def losses_and_slope(
+        self, outputs: Any, teacher_outputs: Any, targets: Any
+    ) -> tuple[dict[str, Tensor], Callable[[Any, Any, Callable[[], Tensor]], Tensor] | None]:
+        """`losses`, and the method's own way to their derivative along the outputs, None where it has none.
+
+        The meta-gradient needs that derivative as a function of the meta-parameters. It is had in forward mode through
+        `losses`, a second pass through the head; a method whose head is large may know it from what the backward pass
+        has in passing.
+
+        Returns:
+            The parts, and None or a function of (tangents, factor, forward): tangents in the structure of `outputs`;
+            what the loss was multiplied by before its backward pass; a function that takes the derivative of
+            `losses` in forward mode. It is called after the backward pass, with the meta-parameters unchanged.
+        """
+        return self.losses(outputs, teacher_outputs, targets), None
+
     def validation_loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """What the meta-parameters are learned to lower, and the measure of held-out data."""
         return (self._validation_loss or self.task_loss)(self.logits(outputs), targets)
@@ -95,5 +113,5 @@ class Distiller(nn.Module):
         """Told by a trainer after each epoch; the mean task loss of held-out data where it has any, else None."""
 
     def export(self) -> nn.Module:
-        """The bare student: no head, no transforms, no teacher."""
-        return self.student
+        """The bare student: no head, no transforms, no teacher, no `kdfast.models.Tapped` around it."""
+        return bare(self.student)

@@ -1,6 +1,6 @@
 """DistPro: weights for all pathways between student and teacher features, learned on validation data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ from kdfast.methods.pathway_weights import PathwayWeights, constant
 from kdfast.methods.transforms import TRANSFORMS
 
 PATHWAYS = ("full", "triangular")
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:  # of one shape, to a scalar
+    a, b = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (a, b))
+    if not (a.is_contiguous() and b.is_contiguous()) and a.dim() == 4:  # channels_last: in memory's order
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.flatten(), b.flatten())
 
 
 class DistPro(FeatureDistiller):
@@ -106,6 +113,8 @@ class DistPro(FeatureDistiller):
         self.weights = PathwayWeights(len(blocks), bias, normalisation=normalisation)
         self.scale, self.clip = scale, clip
         self._process: Process | None = None
+        self._record: dict[int, Tensor] | None = None  # where each pathway's gradient in its student feature is put
+        self._without_pathways = False
 
     def losses(
         self,
@@ -114,6 +123,8 @@ class DistPro(FeatureDistiller):
         targets: Tensor,  # [batch] class indices, or [batch, classes] probabilities
     ) -> dict[str, Tensor]:
         logits, features = outputs
+        if self._without_pathways:
+            return {"task": self.task_loss(logits, targets), "pathways": logits.new_zeros(())}
         if self._process is None:
             weights, kept = self.weights(), range(len(self.pathways))
         else:
@@ -121,6 +132,42 @@ class DistPro(FeatureDistiller):
         students, teachers = self._ends_met(features, teacher_outputs[1], kept)
         pathways = pathway_loss(students, teachers, self.scale * weights) if students else weights.sum()  # of none: 0
         return {"task": self.task_loss(logits, targets), "pathways": pathways}
+
+    def losses_and_slope(self, outputs: Features, teacher_outputs: Features, targets: Tensor):
+        """The derivative of pathway p along a tangent is the inner product of it with the gradient that the backward
+        pass sends back through p, divided by the weight: no second pass through the transforms."""
+        if self._process is not None:
+            return super().losses_and_slope(outputs, teacher_outputs, targets)
+        record = self._record = {}
+        try:
+            parts = self.losses(outputs, teacher_outputs, targets)
+        finally:
+            self._record = None
+
+        def slope(tangents: Features, factor: float | Tensor, forward: Callable[[], Tensor]) -> Tensor:
+            moved, _ = self.maps(tangents, teacher_outputs)
+            weights = self.weights()  # [pathways]
+            dots = [inner_product(record[p], moved[s]) if p in record else None for p, (s, _) in enumerate(self._ends)]
+            dots = torch.stack([weights.new_zeros(()) if x is None else x for x in dots])
+            taken = (factor * self.scale) * weights.detach()
+            slopes = torch.where(taken != 0, dots / taken, 0.0)  # at 0 all five normalisations have derivative 0
+            self._without_pathways = True
+            try:
+                rest = forward()
+            finally:
+                self._without_pathways = False
+            return rest + self.scale * (weights * slopes).sum()
+
+        return parts, slope
+
+    def _noted(self, feature: Tensor, pathway: int) -> Tensor:
+        """The student feature as the pathway sees it: where wanted, what its gradient is through this pathway."""
+        record = self._record
+        if record is None or not feature.requires_grad:
+            return feature
+        alias = feature.view_as(feature)
+        alias.register_hook(lambda gradient: record.__setitem__(pathway, gradient))
+        return alias
 
     def pathway_losses(
         self,
@@ -139,7 +186,7 @@ class DistPro(FeatureDistiller):
         student_features, teacher_features = self.maps((None, student_features), (None, teacher_features))
         ends = [self._ends[p] for p in kept]
         moved = [
-            self.transforms[p](student_features[s], teacher_features[t].shape[2:])
+            self.transforms[p](self._noted(student_features[s], p), teacher_features[t].shape[2:])
             for p, (s, t) in zip(kept, ends, strict=True)
         ]
         return moved, [teacher_features[t] for _, t in ends]

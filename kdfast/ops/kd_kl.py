@@ -179,9 +179,7 @@ class KdKlNow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, tau_s, tau_t, labels, target, weight, options, coefficient):
-        tensors = student, teacher, tau_s, tau_t, labels, target, weight
-        if not (student.is_contiguous() and teacher.is_contiguous()) or weight is not None or target is not None:
-            tensors = _contiguous(tensors)
+        tensors = _contiguous((student, teacher, tau_s, tau_t, labels, target, weight))
         with torch._C._AutoDispatchBelowAutograd():  # straight to the kernel
             loss, stats, ctx.student_grad = _VALUE_AND_GRAD(
                 *tensors, *options, tau_s is not None or tau_t is not None, coefficient

@@ -71,11 +71,11 @@ class KdKlExits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, labels, options, coefficient, *logits):
         exits = len(logits) // 2
-        contiguous = [x.contiguous() for x in logits]
+        contiguous, classes = [x.contiguous() for x in logits], labels if labels is None else labels.contiguous()
         teachers_learn = any(ctx.needs_input_grad[3 + exits :])
         with torch._C._AutoDispatchBelowAutograd():  # straight to the kernel
             losses, ds, dt = torch.ops.kdfast.kd_kl_exits.default(
-                contiguous[:exits], contiguous[exits:], labels, *options, coefficient, teachers_learn
+                contiguous[:exits], contiguous[exits:], classes, *options, coefficient, teachers_learn
             )
         ctx.grads = [*ds, *(dt if teachers_learn else [None] * exits)]
         ctx.save_for_backward(labels, *logits)

@@ -15,6 +15,7 @@ from kdfast.data import DigitsSplit, ImageSet, TensorLoader, load_digits
 from kdfast.meta import Process
 from kdfast.methods import METHODS, Alone, Distiller
 from kdfast.models import CifarResNet
+from kdfast.train import distributed
 from kdfast.train.files import atomically
 from kdfast.train.history import StepRecord
 from kdfast.train.loop import Batches, repeated_warmup_cosine
@@ -183,7 +184,8 @@ def compare(
         methods: names of `TITLES`.
         seeds: of the students: initial weights, batches, shifts. The first one is the teacher's too.
         evaluate_on: "test", or "validation" to choose the numbers of a recipe.
-        processes: in how many of them the students are trained, each with one thread; 1: in this one.
+        processes: in how many of them the students are trained, each with one thread; 1: in this one. Under torchrun
+            each training is all its processes', which share every batch out, and this is 1.
         on_run: called with the training's name and result after each training.
 
     Raises:
@@ -244,8 +246,8 @@ class _Bench:
         networks = (self.student(seed), teacher)[: 1 + ("teacher" in inspect.signature(kind).parameters)]
         return kind(*networks, **self.recipe.options(method))
 
-    def loader(self, data: ImageSet, seed: int, shift: int = 0) -> TensorLoader:
-        return TensorLoader(
+    def loader(self, data: ImageSet, seed: int, shift: int = 0) -> Batches:
+        whole = TensorLoader(
             data,
             min(self.recipe.batch_size, len(data.labels)),
             seed=seed,
@@ -253,6 +255,7 @@ class _Bench:
             shift=shift,
             background=self.split.background,
         )
+        return whole if distributed.world_size() == 1 else distributed.Share(whole)
 
     def train(
         self,
@@ -356,7 +359,9 @@ class _Bench:
             evaluation=None,
             process=process,
         )
-        atomically(path, process.save)
+        if distributed.rank() == 0:
+            atomically(path, process.save)
+        distributed.gathered(None)  # nobody goes on before it is there
         return run
 
     def _metadistiller(self, teacher: CifarResNet, seed: int) -> Run:

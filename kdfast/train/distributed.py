@@ -1,12 +1,14 @@
 """What several processes of one training say to each other; alone, each of these does nothing."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+
+from kdfast.meta.processes import average
 
 
 def start(device: torch.device) -> None:
@@ -33,23 +35,10 @@ def world_size() -> int:
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean of each gradient over the processes; one that is missing counts as zero where another process has it."""
-    if world_size() == 1:
-        return
     parameters = list(parameters)
     # Of stochastic depth each process may have left out other blocks.
-    present = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device, dtype=torch.int32)
-    dist.all_reduce(present, dist.ReduceOp.MAX)
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for p, anywhere in zip(parameters, present.tolist(), strict=True):
-        if anywhere:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            by_dtype.setdefault(p.dtype, []).append(p.grad)
-    for gradients in by_dtype.values():  # one exchange a dtype
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
-        flat /= world_size()
-        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(mean.view(g.shape))
+    for p, gradient in zip(parameters, average([p.grad for p in parameters], parameters), strict=True):
+        p.grad = gradient
 
 
 @torch.no_grad()
@@ -66,3 +55,18 @@ def gathered(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+class Share:
+    """This process's part of each batch of (inputs, targets) that all processes are given alike."""
+
+    def __init__(self, batches: Sized):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        share = slice(rank(), None, world_size())
+        for inputs, targets in self.batches:
+            yield inputs[share], targets[share]

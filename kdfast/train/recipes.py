@@ -21,6 +21,7 @@ class Recipe:
         halves: whether each epoch of meta-steps draws fresh random halves of the training images.
         meta_optimizer, meta_lr, meta_betas, meta_weight_decay: "adam" or "adamw" of the meta-parameters; None where
             nothing is learned.
+        meta: options of `kdfast.MetaKD`, such as {"every": 5}.
         options: of the method's class.
         source: where the numbers are from, and which are kdfast's own.
     """
@@ -44,6 +45,7 @@ class Recipe:
     meta_lr: float = 0.0
     meta_betas: tuple[float, float] = (0.9, 0.999)
     meta_weight_decay: float = 0.0
+    meta: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     source: str = "kdfast's own"
 

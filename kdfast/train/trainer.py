@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kdfast.meta import Process, meta_kd_step
+from kdfast.meta import MetaKD, Process
 from kdfast.methods.base import Distiller
 from kdfast.train import distributed
 from kdfast.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
@@ -39,7 +39,7 @@ class Trainer:
             whenever they end. Without one, held-out images: measured after each epoch, and told to the method.
         meta_optimizer: of `distiller.meta_parameters()`. They learn in the epochs in which the method says so (its
             `meta_active`, where it has one); in the others the steps are ordinary.
-        meta_step: `kdfast.meta_kd_step`, or a partial of it with other options.
+        meta: options of `kdfast.MetaKD`, such as ``{"validation": "rolling"}`` or ``{"every": 5}``.
         halves: for each epoch with meta-steps gives (batches, validation_batches) to take in place of those above;
             called with the epoch's number, once more where the training goes on inside that epoch.
         evaluation: batches the exported student's accuracy is measured on.
@@ -79,7 +79,7 @@ class Trainer:
         scheduler: LRScheduler | None = None,
         validation_batches: Batches | None = None,
         meta_optimizer: torch.optim.Optimizer | None = None,
-        meta_step: Callable = meta_kd_step,
+        meta: dict[str, Any] | None = None,
         halves: Callable[[int], tuple[Batches, Batches]] | None = None,
         evaluation: Batches | None = None,
         evaluate_every: int = 1,
@@ -95,26 +95,22 @@ class Trainer:
         checkpoint_every: int | None = None,
     ):
         learns = meta_optimizer is not None
-        if learns and validation_batches is None and halves is None:
+        rolling = (meta or {}).get("validation") == "rolling"
+        if learns and validation_batches is None and halves is None and not rolling:
             raise ValueError("To learn meta-parameters a Trainer needs validation_batches beside the meta_optimizer.")
         if learns and next(distiller.meta_parameters(), None) is None:
             raise ValueError(f"{type(distiller).__name__} has no meta-parameters; leave out the meta_optimizer.")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}.")
-        if learns and precision == "fp16":
-            raise ValueError("Meta-steps cannot be taken in fp16, whose loss is scaled; use precision 'bf16'.")
-        if accumulate < 1 or (learns and accumulate > 1):
-            raise ValueError(
-                f"accumulate must be at least 1, and 1 for a method with meta-steps, got {accumulate}; choose "
-                "another batch size."
-            )
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be a number of batches of at least 1, got {accumulate}.")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"ema must be a decay in (0, 1), got {ema}.")
         if checkpoint_every is not None and not hasattr(batches, "state_dict"):
             raise ValueError("checkpoint_every needs batches with a state_dict(); without one, an epoch starts anew.")
         self.distiller, self.batches, self.optimizer, self.epochs = distiller, batches, optimizer, epochs
         self.scheduler, self.validation_batches = scheduler, validation_batches
-        self.meta_optimizer, self.meta_step, self.halves = meta_optimizer, meta_step, halves
+        self.meta_optimizer, self.halves = meta_optimizer, halves
         self.evaluation, self.evaluate_every = evaluation, evaluate_every
         self.accumulate, self.channels_last, self.process = accumulate, channels_last, process
         self.callback, self.on_epoch = callback, on_epoch
@@ -130,6 +126,9 @@ class Trainer:
         self.device = next(distiller.parameters()).device
         self._dtype = PRECISIONS[precision]
         self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
+        self._engine = None
+        if learns:
+            self._engine = MetaKD(distiller, optimizer, meta_optimizer, scaler=self._scaler, **(meta or {}))
         if channels_last:
             for network in filter(None, (distiller, distiller.teacher)):
                 network.to(memory_format=torch.channels_last)
@@ -167,11 +166,13 @@ class Trainer:
         if self._resumed is not None:  # once more what this epoch's start has changed
             self._restore(self._resumed)
             self._resumed = None
-        if learns and self._validation is None:
+        if learns and self._validation is None and self._engine.validation == "batch":
             self._validation = _endless(validation_batches)
+        if self._engine is not None and not learns:
+            self._engine.forget()
         start, images = time.perf_counter(), 0
         for group in _groups(_undisturbed(batches), self.accumulate):
-            record = self._run_step([self._moved(batch) for batch in group], self._validation if learns else None)
+            record = self._run_step([self._moved(batch) for batch in group], learns)
             images += record.images
             if self.callback is not None:
                 self.callback(record)
@@ -182,8 +183,8 @@ class Trainer:
             raise ValueError("A Trainer needs at least one batch an epoch, got none.")
         self._end_epoch(time.perf_counter() - start, images)
 
-    def _run_step(self, group: list[Batch], validation: Iterator[Batch] | None) -> StepRecord:
-        validation_batch = None if validation is None else self._moved(next(validation))
+    def _run_step(self, group: list[Batch], learns: bool) -> StepRecord:
+        validation_batch = self._moved(next(self._validation)) if learns and self._engine.wants_validation else None
         self.distiller.start_step(self.step)
         if self.process is not None:
             self.process.record(self.distiller.weights(), self.distiller.weights.raw)
@@ -191,13 +192,12 @@ class Trainer:
         for held in self.optimizer.param_groups:
             held["lr"] *= getattr(self.distiller, "lr_factor", 1.0)
         start = time.perf_counter()
-        if validation is None:
+        if learns:
+            with self._autocast():
+                parts = self._engine.step([tuple(batch) for batch in group], validation_batch).parts
+        else:
             autocast = self._autocast()
             parts = accumulated_step(self.distiller, group, self.optimizer, autocast=autocast, scaler=self._scaler)
-        else:
-            with self._autocast():
-                report = self.meta_step(self.distiller, group[0], validation_batch, self.optimizer, self.meta_optimizer)
-            parts = report.parts
         seconds = time.perf_counter() - start
         for held, rate in zip(self.optimizer.param_groups, rates, strict=True):
             held["lr"] = rate  # the schedule's, which may build on it
@@ -208,7 +208,7 @@ class Trainer:
         for name, part in parts.items():
             self._sums[name] = self._sums[name] + part if name in self._sums else part.clone()
         images = distributed.world_size() * sum(len(inputs) for inputs, _ in group)
-        record = StepRecord(self.step, self.epoch, parts, seconds, images, validation is not None)
+        record = StepRecord(self.step, self.epoch, parts, seconds, images, learns)
         self.step += 1
         self._epoch_steps += 1
         return record
@@ -271,6 +271,7 @@ class Trainer:
             "distiller": self.distiller,
             "optimizer": self.optimizer,
             "meta_optimizer": self.meta_optimizer,
+            "meta": self._engine,
             "scheduler": self.scheduler,
             "scaler": self._scaler,
             "ema": self._ema,

@@ -21,11 +21,12 @@ from kdfast.models import CifarResNet
 BATCHES, BATCH, CLASSES = 6, 64, 10
 GRIDS = {  # radii around the best, by precision and scale of the weights
     ("float64", 1.0): (1e-8, 1e-7, 1e-6, 1e-5, 1e-4),
-    ("float32", 0.1): (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    ("float32", 1.0): (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    ("float32", 10.0): (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    ("tf32", 1.0): (1e-3, 3e-3, 1e-2, 3e-2),
-    ("bfloat16", 1.0): (1e-2, 3e-2, 1e-1),
+    ("float32", 0.1): (1e-4, 3e-4, 1e-3, 3e-3),
+    ("float32", 1.0): (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    ("float32", 10.0): (1e-4, 3e-4, 1e-3, 3e-3),
+    ("tf32", 1.0): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    ("float16", 1.0): (1e-3, 3e-3, 1e-2, 3e-2),
+    ("bfloat16", 1.0): (1e-2, 3e-2, 6e-2, 1e-1, 2e-1),
 }
 
 
@@ -36,10 +37,10 @@ def data(count: int, generator: torch.Generator):
     return prototypes[targets] + 1.5 * torch.randn(count, 3, 16, 16, generator=generator), targets
 
 
-def pretrain(network, steps: int, generator: torch.Generator):
+def pretrain(network, steps: int, generator: torch.Generator, batch=lambda generator: data(BATCH, generator)):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for _ in range(steps):
-        inputs, targets = data(BATCH, generator)
+        inputs, targets = batch(generator)
         optimizer.zero_grad()
         F.cross_entropy(network(inputs), targets).backward()
         optimizer.step()
@@ -61,7 +62,8 @@ def meta_gradient(distiller, batches, radius, tangent, precision):
     optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.05, momentum=0.9)
     meta_optimizer = torch.optim.SGD(distiller.meta_parameters(), lr=0.0)
     conv = tf32_conv if precision == "tf32" else nn.Conv2d._conv_forward
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    half = precision in ("bfloat16", "float16")
+    autocast = torch.autocast("cpu", getattr(torch, precision) if half else torch.bfloat16, enabled=half)
     with autocast, mock.patch.object(nn.Conv2d, "_conv_forward", conv):
         report = meta_kd_step(distiller, *batches, optimizer, meta_optimizer, radius=radius, tangent=tangent)
     h = torch.cat([p.grad.flatten() for p in distiller.meta_parameters()])

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 from kdfast.meta import meta_kd_step
 from kdfast.methods import Alone
 
-COMMITS = pytest.mark.parametrize("commit", ["reuse", "separate"])
+COMMITS = pytest.mark.parametrize("commit", ["reuse", "rehead", "separate"])
 OPTIMIZERS = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
     "adamw": lambda p: AdamW(p, lr=1e-2),
@@ -39,7 +39,7 @@ def everything(distiller, optimizer):
 
 
 @COMMITS
-@pytest.mark.parametrize("tangent", ["forward", "central"])
+@pytest.mark.parametrize("tangent", ["forward", "central", "jvp", "exact"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("head", ["pathways", "temperatures", "connected"])
 @pytest.mark.parametrize("autocast", [False, True])
@@ -85,7 +85,8 @@ def test_validation_sees_the_stepped_student_under_autocast(commit, tiny):
 
 
 def test_head_is_compared_with_itself(tiny):
-    """Both ends of the difference have the same meta-parameters, connectors, buffers and teacher outputs."""
+    """The head's derivative is taken at the training pass's own meta-parameters, connectors, buffers, random state and
+    teacher outputs."""
     distiller = tiny.distiller("connected", dropout=0.3)
     seen = []
     losses = distiller.losses
@@ -98,14 +99,15 @@ def test_head_is_compared_with_itself(tiny):
     distiller.losses = spy
     optimizer = SGD(distiller.inner_parameters(), lr=0.5)
     meta_optimizer = SGD(distiller.meta_parameters(), lr=10.0)
-    for tangent, evaluations in (("forward", 2), ("central", 3)):
+    for tangent in ("forward", "central", "jvp"):
         seen.clear()
         meta_kd_step(distiller, tiny.batch(), tiny.batch(), optimizer, meta_optimizer, tangent=tangent)
-        assert len(seen) == evaluations
+        assert len(seen) == 2  # in the training pass, and for its derivative
         assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
 
 
-def test_separate_steps_with_the_new_meta_parameters(tiny):
+@pytest.mark.parametrize("commit", ["rehead", "separate"])
+def test_the_papers_order_steps_with_the_new_meta_parameters(commit, tiny):
     distiller = tiny.distiller("connected")
     reference = copy.deepcopy(distiller)
     optimizer, meta_optimizer = (
@@ -114,7 +116,7 @@ def test_separate_steps_with_the_new_meta_parameters(tiny):
     )
     train, validation = tiny.batch(), tiny.batch()
     torch.manual_seed(1)
-    meta_kd_step(distiller, train, validation, optimizer, meta_optimizer, commit="separate")
+    meta_kd_step(distiller, train, validation, optimizer, meta_optimizer, commit=commit)
     assert not torch.equal(distiller.phi, reference.phi)
     reference.phi.data.copy_(distiller.phi)
     torch.manual_seed(1)
@@ -225,9 +227,9 @@ def test_report_is_detached_scalars(tiny):
 
 def test_no_value_is_read_back():
     """Reading a value makes a GPU wait; on the CPU it is free, and allowed where the code asks for the CPU first."""
-    from kdfast.meta import hypergradient, inner, step
+    from kdfast.meta import engine, hypergradient, inner, tangents
 
-    for module in (hypergradient, inner, step):
+    for module in (engine, hypergradient, inner, tangents):
         lines = [line for line in inspect.getsource(module).splitlines() if ".item()" in line or ".tolist()" in line]
         assert all("is_cpu" in line for line in lines), lines
 
@@ -247,6 +249,17 @@ def arguments(tiny):
 def alone(arguments):
     student = Alone(arguments["distiller"].student)
     return {"distiller": student, "optimizer": SGD(student.parameters(), lr=0.1)}
+
+
+def wrapped(arguments):
+    class Wrapper(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, module):  # without processes to join
+            torch.nn.Module.__init__(self)
+            self.module = module
+
+    distiller = copy.copy(arguments["distiller"])
+    distiller._modules = {**distiller._modules, "student": Wrapper(distiller.student)}
+    return {"distiller": distiller}
 
 
 ERRORS = {
@@ -271,8 +284,28 @@ ERRORS = {
         ValueError,
         r"SGD, Adam and AdamW, got torch.optim.adagrad.Adagrad; use one of these",
     ),
-    "tangent": (lambda a: {"tangent": "jvp"}, ValueError, r"tangent must be one of 'forward', 'central', got 'jvp'"),
-    "commit": (lambda a: {"commit": "now"}, ValueError, r"commit must be one of 'reuse', 'separate', got 'now'"),
+    "tangent": (
+        lambda a: {"tangent": "backward"},
+        ValueError,
+        r"tangent must be one of 'forward', 'central', 'jvp', 'exact', got 'backward'",
+    ),
+    "commit": (lambda a: {"commit": "now"}, ValueError, r"commit must be one of 'reuse', 'rehead', 'separate', got"),
+    "fraction": (
+        lambda a: {"fraction": 0.0},
+        ValueError,
+        r"fraction must be a share of the batch in \(0, 1\], got 0.0",
+    ),
+    "max_norm": (lambda a: {"max_norm": -1.0}, ValueError, r"max_norm must be positive, got -1.0; leave it out"),
+    "wrapped": (
+        wrapped,
+        ValueError,
+        r"Connected.student is wrapped in DistributedDataParallel, .* give the bare module",
+    ),
+    "teachers": (
+        lambda a: {"train_batch": [a["train_batch"]] * 2, "teacher_outputs": [None]},
+        ValueError,
+        r"teacher_outputs must be a list of 2, one a train batch, got 1",
+    ),
     "radius": (lambda a: {"radius": 0.0}, ValueError, r"radius must be positive, got 0.0; leave it out"),
     "batch": (
         lambda a: {"train_batch": a["train_batch"][0]},

@@ -299,3 +299,17 @@ def test_hard_labels_alone_do_not_see_the_teacher():
     expected = kd_kl_gradient(student, teacher, *rest)
     for x, e in zip(kd_kl_gradient(student, teacher.fill_(math.nan), *rest), expected, strict=True):
         torch.testing.assert_close(x, e, rtol=0, atol=0)
+
+
+def test_strided_labels_and_temperatures_beside_contiguous_logits():
+    """The call of a training loop, whose sweep also makes the gradient: a half of a batch's labels."""
+    student, teacher = torch.randn(6, 5), torch.randn(6, 5)
+    labels, tau = torch.randint(5, (12,)), torch.rand(12) + 1
+    found = []
+    for change in (torch.Tensor.contiguous, lambda x: x):
+        s = student.clone().requires_grad_()
+        given = change(tau[::2]).detach().requires_grad_() if change is torch.Tensor.contiguous else tau[::2]
+        loss = kd_loss(s, teacher, change(labels[::2]), student_temperature=given, teacher_temperature=2.0)
+        found.append((loss.detach(), *torch.autograd.grad(loss, s)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

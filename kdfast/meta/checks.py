@@ -1,0 +1,78 @@
+"""What a meta-step is given, checked before anything runs: one sentence of what was expected and what came."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from kdfast.meta.inner import check_optimizer
+
+
+def parameters(distiller, optimizer, meta_optimizer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable inner and meta-parameters, each held by its own optimizer only."""
+    check_optimizer(optimizer)
+    name = type(distiller).__name__
+    if wrapped := [n for n, m in distiller.named_modules() if isinstance(m, DistributedDataParallel)]:
+        raise ValueError(
+            f"{name}.{wrapped[0]} is wrapped in DistributedDataParallel, which would average gradients a second time; "
+            "give the bare module, a meta-step averages over the processes itself."
+        )
+    inner = [p for p in distiller.inner_parameters() if p.requires_grad]
+    meta = [p for p in distiller.meta_parameters() if p.requires_grad]
+    if not meta:
+        raise ValueError(
+            f"{name} has no meta-parameters to learn; train it with an ordinary step, or yield them in "
+            "meta_parameters()."
+        )
+    held, held_meta = _held(optimizer), _held(meta_optimizer)
+    shared = sum(id(p) in held for p in meta)
+    if shared:
+        raise ValueError(
+            f"{shared} of {name}'s {len(meta)} meta-parameters are also in the student's optimizer; build that from "
+            "distiller.inner_parameters()."
+        )
+    missing = sum(id(p) not in held for p in inner)
+    if missing:
+        raise ValueError(
+            f"{missing} of {name}'s {len(inner)} trainable inner parameters are not in the optimizer; build it from "
+            "distiller.inner_parameters(), or freeze them with requires_grad_(False)."
+        )
+    missing = sum(id(p) not in held_meta for p in meta)
+    if missing:
+        raise ValueError(
+            f"{missing} of {name}'s {len(meta)} meta-parameters are not in the meta_optimizer; build it from "
+            "distiller.meta_parameters()."
+        )
+    return inner, meta
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def batch(name: str, given: Any) -> None:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        came = f"{len(given)} items" if isinstance(given, tuple | list) else type(given).__name__
+        raise TypeError(f"{name} must be a pair (inputs, targets), got {came}.")
+
+
+def train_batches(given: Any, teacher_outputs: Any) -> tuple[list, list]:
+    """(the batches of a step, the teacher's outputs or None for each)."""
+    if isinstance(given, list) and given and all(isinstance(x, tuple) for x in given):
+        for x in given:
+            batch("Each of the train batches", x)
+        outputs = [None] * len(given) if teacher_outputs is None else list(teacher_outputs)
+        if len(outputs) != len(given):
+            raise ValueError(
+                f"teacher_outputs must be a list of {len(given)}, one a train batch, got {len(outputs)}; leave it out "
+                "to have the teacher asked."
+            )
+        return given, outputs
+    batch("train_batch", given)
+    return [given], [teacher_outputs]

@@ -1,0 +1,373 @@
+"""MetaKD: steps of a student and of its meta-parameters, with everything a training wants around them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kdfast.meta import checks, processes, tangents
+from kdfast.meta import hypergradient as hyper
+from kdfast.meta.inner import functional_step, update_slopes
+from kdfast.meta.shadow import RandomState, Shadow
+from kdfast.meta.tangents import Batch
+
+COMMITS = ("reuse", "rehead", "separate")
+VALIDATIONS = ("batch", "rolling")
+
+
+class MetaStepReport(NamedTuple):
+    """What a step did: detached scalar tensors on the student's device, not yet waited for.
+
+    Attributes:
+        loss: the training loss the student's step was taken on, before it; of this process's batches.
+        parts: its named parts.
+        validation_loss: at the student's stepped parameters, before the meta-step; None in a step without one, as
+            all that follow.
+        meta_gradient_norm: 2-norm of d validation_loss / d meta-parameters, all of them together.
+        epsilon: factor of the displacement along w (docs/math/hypergradient.md).
+        tangent_error: relative error of the training loss's derivative along w, which is known, with the tangent the
+            meta-gradient is made of; about that of the meta-gradient. NaN in a skipped update on the CPU.
+        skipped: bool; the meta-gradient was zero along all of the student, or not finite, and zero is in its place.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    validation_loss: Tensor | None = None
+    meta_gradient_norm: Tensor | None = None
+    epsilon: Tensor | None = None
+    tangent_error: Tensor | None = None
+    skipped: Tensor | None = None
+
+
+class MetaKD:
+    """Trains a student, and its meta-parameters on the validation loss its steps lead to.
+
+    The student's step is bit for bit the ordinary one (zero_grad, forward, backward, `optimizer.step()`): its
+    parameters, the optimizer's state, BatchNorm statistics and the random state end as that would leave them.
+    The meta-parameters phi take a step of `meta_optimizer` along dL_val(theta+)/dphi, through one step theta+ of
+    the student: never by double backward, but from the student's tangent along one direction, and the head's exact
+    derivative there. With F a forward pass of the student, a backward counted as two and the head as nothing, a step
+    costs 7 F as it stands ("forward", "reuse", "batch"), of which 3 F are the ordinary step's.
+
+    Where several processes train together (torch.distributed), gradients are averaged over them here: the student must
+    not be wrapped in DistributedDataParallel.
+
+    Args:
+        distiller: a `kdfast.methods.Distiller`, in train mode.
+        optimizer: torch.optim SGD, Adam or AdamW of `distiller.inner_parameters()`, with any parameter groups.
+        meta_optimizer: of `distiller.meta_parameters()`; any. On the CPU it takes no step when the update is
+            skipped. On a GPU, where looking would mean waiting, it steps with a zero gradient: its own momentum or
+            weight decay may then still move phi.
+        tangent: where the student's tangent comes from. "forward": a difference from the training pass to one displaced
+            pass, 1 F; "central": between two displaced passes, the papers', 2 F, needed in bfloat16 and float16;
+            "jvp": forward-mode differentiation, exact, in the parameters' precision, about 4 F; "exact": double
+            backward through everything, for checking. By default "forward", or "central" in 16 bits.
+        commit: "reuse" takes the student's step first and learns phi from it, so the student sees phi one step
+            later; "rehead" and "separate" try the step on a shadow, update phi, then take the step with the new phi,
+            the papers' order: "rehead" from the same features (2 F more, the activations are kept meanwhile),
+            "separate" anew (3 F more).
+        validation: "batch": each step is given one held out from training; "rolling": the next training batch is that
+            of this step, its forward pass serving both (1 F less). phi then learns at the start of the next step,
+            before the student sees it. Needs commit="reuse".
+        every: phi learns in every so many steps, the first of each; the others are ordinary.
+        fraction: share of a training batch that the meta-gradient is taken on, in (0, 1]: what it costs beyond the
+            validation pass shrinks with it. BatchNorm then takes the statistics of that share.
+        radius: relative size of the displacement, > 0; by default chosen by `tangent` and precision.
+        max_norm: the student's gradient is clipped to this 2-norm, as `torch.nn.utils.clip_grad_norm_` does.
+        scaler: of float16 training; scales the losses here, and leaves out the student's step where it overflows.
+
+    Attributes:
+        skipped: how many updates of phi were, a tensor on the student's device.
+
+    Raises:
+        ValueError, TypeError: one sentence saying what was expected and what came.
+
+    Source: Deng et al., "DistPro", ECCV 2022 (arXiv:2204.05547), equations 4 and 5; Liu et al., "Meta Knowledge
+    Distillation", 2022 (arXiv:2202.07940), algorithm 1; Liu et al., "MetaDistiller", ECCV 2020 (arXiv:2008.12094).
+
+    Example:
+        >>> engine = MetaKD(distiller, optimizer, meta_optimizer, validation="rolling")
+        >>> for train_batch in loader:
+        ...     report = engine.step(train_batch)
+    """
+
+    def __init__(
+        self,
+        distiller: nn.Module,
+        optimizer: Optimizer,
+        meta_optimizer: Optimizer,
+        *,
+        tangent: str | None = None,
+        commit: str = "reuse",
+        validation: str = "batch",
+        every: int = 1,
+        fraction: float = 1.0,
+        radius: float | None = None,
+        max_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        for name, value, allowed in (
+            ("tangent", tangent, hyper.TANGENTS), ("commit", commit, COMMITS), ("validation", validation, VALIDATIONS),
+        ):  # fmt: skip
+            if value is not None:
+                checks.choice(name, value, allowed)
+        if validation == "rolling" and commit != "reuse":
+            raise ValueError(f"validation='rolling' needs commit='reuse', got {commit!r}.")
+        if every < 1:
+            raise ValueError(f"every must be a number of steps of at least 1, got {every}.")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must be a share of the batch in (0, 1], got {fraction}.")
+        for name, value in (("radius", radius), ("max_norm", max_norm)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}; leave it out for the default.")
+        self.distiller, self.optimizer, self.meta_optimizer = distiller, optimizer, meta_optimizer
+        self._inner, self._meta = checks.parameters(distiller, optimizer, meta_optimizer)
+        self.tangent, self.commit, self.validation = tangent, commit, validation
+        self.every, self.fraction, self.radius = every, fraction, radius
+        self.max_norm, self.scaler = max_norm, scaler
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self._inner[0].device)
+        self._devices = sorted({p.device.index for p in self._inner if p.is_cuda})
+        self._steps = 0
+        self._pending: hyper.Taken | None = None  # a step whose validation batch is the next training batch
+
+    @property
+    def wants_validation(self) -> bool:
+        """Whether the next `step` needs a validation batch."""
+        return self.validation == "batch" and self._steps % self.every == 0
+
+    def step(
+        self,
+        train_batch: Batch | list[Batch],  # inputs [batch, ...], targets [batch]
+        validation_batch: Batch | None = None,  # inputs [batch, ...], targets [batch]
+        *,
+        teacher_outputs: Any = None,
+    ) -> MetaStepReport:
+        """One step of the student, and where it is due one of the meta-parameters.
+
+        Args:
+            train_batch: (inputs, targets); or a list of such, whose gradients are accumulated into one step on their
+                mean loss.
+            validation_batch: (inputs, targets) held out from training, in the steps that want one.
+            teacher_outputs: of the train inputs, where they are at hand (a list of them for a list); by default the
+                teacher is asked.
+        """
+        batches, given = checks.train_batches(train_batch, teacher_outputs)
+        if self.wants_validation:
+            checks.batch("validation_batch", validation_batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meta_optimizer.zero_grad(set_to_none=True)
+        taught = [
+            self.distiller.teacher_outputs(batch[0]) if outputs is None else outputs
+            for batch, outputs in zip(batches, given, strict=True)
+        ]
+        pairs = list(zip(batches, taught, strict=True))
+        if self.validation == "rolling":
+            report = self._rolling(pairs)
+        elif not self.wants_validation:
+            report = self._ordinary(pairs)
+        elif self.commit == "reuse":
+            report = self._reuse(pairs, validation_batch)
+        else:
+            report = self._try_first(pairs, validation_batch)
+        self._steps += 1
+        return report
+
+    def forget(self) -> None:
+        """Drop the step whose validation a rolling engine waits for; for steps taken elsewhere meanwhile."""
+        self._pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands among `every` steps, and how many updates were skipped; a rolling engine's last step is not
+        kept, whose update is then missing after a resume."""
+        return {"steps": self._steps, "skipped": self.skipped.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._steps, self._pending = int(state["steps"]), None
+        self.skipped.copy_(state["skipped"])
+
+    # ------------------------------------------------------------ the orders of a step
+    def _ordinary(self, pairs) -> MetaStepReport:
+        totals = _Totals()
+        for batch, taught in pairs:
+            outputs = self.distiller.student_outputs(batch[0])
+            parts = self.distiller.losses(outputs, taught, batch[1])
+            self._backward(parts, len(pairs))
+            totals.add(parts, len(pairs))
+        self._update(slopes=False)
+        return totals.report()
+
+    def _reuse(self, pairs, validation_batch: Batch) -> MetaStepReport:
+        shadow, theta = Shadow(self.distiller, self._inner), [p.detach().clone() for p in self._inner]
+        totals, passes = _Totals(), []
+        for batch, taught in pairs:
+            parts, kept = tangents.train_pass(self.distiller, batch, taught, self._devices)
+            passes.append(kept)
+            self._backward(parts, len(pairs))
+            totals.add(parts, len(pairs))
+        taken = self._update(shadow, passes, theta)
+        with torch.random.fork_rng(self._devices):
+            loss, v = self._validated(shadow, self._inner, validation_batch)
+            found = self._learn(taken, v)
+        return totals.report(loss, found)
+
+    def _rolling(self, pairs) -> MetaStepReport:
+        """The student's forward pass; phi learns from it what the last step did; then the head, and this step."""
+        learns_next = (self._steps + 1) % self.every == 0
+        shadow = theta = None
+        if learns_next:
+            shadow, theta = Shadow(self.distiller, self._inner), [p.detach().clone() for p in self._inner]
+        starts, all_outputs = [], []
+        for batch, _ in pairs:
+            starts.append(RandomState(self._devices))
+            all_outputs.append(self.distiller.student_outputs(batch[0]))
+        found = loss = None
+        if self._pending is not None:
+            with torch.random.fork_rng(self._devices):
+                terms = zip(pairs, all_outputs, strict=True)
+                losses = [self.distiller.validation_loss(outputs, batch[1]) for (batch, _), outputs in terms]
+                loss = sum(losses) / len(losses)
+                v = self._gradient(loss, self._inner, retain_graph=True)
+                loss, found = loss.detach(), self._learn(self._pending, v)
+            self._pending = None
+        totals, passes = _Totals(), []
+        for (batch, taught), outputs, start in zip(pairs, all_outputs, starts, strict=True):
+            if learns_next:
+                parts, kept = tangents.head_pass(self.distiller, outputs, batch, taught, start, self._devices)
+                passes.append(kept)
+            else:
+                parts = self.distiller.losses(outputs, taught, batch[1])
+            self._backward(parts, len(pairs))
+            totals.add(parts, len(pairs))
+        taken = self._update(shadow, passes, theta, slopes=learns_next)
+        self._pending = taken if learns_next else None
+        return totals.report(loss, found)
+
+    def _try_first(self, pairs, validation_batch: Batch) -> MetaStepReport:
+        """The step on a shadow, phi, then the real step: from the same features, or anew."""
+        again, inner = self.commit == "separate", self._inner
+        shadow, theta = Shadow(self.distiller, inner), [p.detach().clone() for p in inner]
+        begin = RandomState(self._devices)
+        passes, all_outputs, losses = [], [], []
+        for batch, taught in pairs:
+            if again:
+                parts, kept = shadow.at(inner, tangents.train_pass, batch, taught, self._devices)
+            else:
+                start = RandomState(self._devices)
+                outputs = self.distiller.student_outputs(batch[0])
+                all_outputs.append(outputs)
+                parts, kept = shadow.at(inner, tangents.head_pass, outputs, batch, taught, start, self._devices)
+            passes.append(kept)
+            losses.append(sum(parts.values()))
+        gradients = self._gradient(sum(losses) / len(losses), inner, retain_graph=not again)
+        factor = 1 / len(losses) if self.scaler is None else self._scale() / len(losses)
+        clipped = None if self.max_norm is None else hyper.clip(gradients, self.max_norm)
+        if clipped is not None:
+            gradients = [None if g is None else g * clipped.factor for g in gradients]
+        slopes = update_slopes(self.optimizer, inner, gradients)
+        taken = hyper.Taken(shadow, passes, theta, gradients, slopes, factor, clipped)
+        with torch.no_grad():
+            stepped = functional_step(self.optimizer, inner, theta, gradients)
+        with torch.random.fork_rng(self._devices):
+            loss, v = self._validated(shadow, [x.requires_grad_() for x in stepped], validation_batch)
+            found = self._learn(taken, v)
+        if again:
+            begin.replay()
+            report = self._ordinary(pairs)
+            return _Totals(report.loss, report.parts).report(loss, found)
+        totals = _Totals()
+        for (batch, taught), outputs, kept in zip(pairs, all_outputs, passes, strict=True):
+            kept.head.replay()
+            parts = self.distiller.losses(outputs, taught, batch[1])
+            self._backward(parts, len(pairs))
+            totals.add(parts, len(pairs))
+        self._update(slopes=False)
+        return totals.report(loss, found)
+
+    # ------------------------------------------------------------ their pieces
+    def _backward(self, parts: dict[str, Tensor], count: int) -> None:
+        loss = sum(parts.values())
+        loss = loss / count if count > 1 else loss
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward(inputs=self._inner)
+
+    def _scale(self) -> Tensor:
+        return self.scaler.scale(torch.ones((), device=self._inner[0].device))
+
+    def _gradient(self, loss: Tensor, at: Sequence[Tensor], **options) -> list[Tensor | None]:
+        """Of a loss, unscaled, of all processes."""
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        gradients = torch.autograd.grad(scaled, at, allow_unused=True, **options)
+        if self.scaler is not None:
+            torch._foreach_div_([g for g in gradients if g is not None], self._scale())
+        return processes.average(gradients, at)
+
+    def _update(self, shadow=None, passes=(), theta=None, slopes: bool = True) -> hyper.Taken | None:
+        """The optimizer's step with the gradients that are there; what it was, where `slopes` are asked for."""
+        inner, taken, clipped = self._inner, None, None
+        for p, g in zip(inner, processes.average([p.grad for p in inner], inner), strict=True):
+            p.grad = g
+        factor = 1 / max(len(passes), 1)
+        if self.scaler is not None:
+            factor = self._scale() * factor
+            self.scaler.unscale_(self.optimizer)
+        if self.max_norm is not None:
+            clipped = hyper.clip([p.grad for p in inner], self.max_norm)
+            torch.nn.utils.clip_grads_with_norm_(inner, self.max_norm, clipped.norm)
+        if slopes:
+            gradients = [p.grad for p in inner]
+            diagonal = update_slopes(self.optimizer, inner, gradients)
+            taken = hyper.Taken(shadow, list(passes), theta, gradients, diagonal, factor, clipped)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if torch.is_autocast_enabled(inner[0].device.type):
+            torch.clear_autocast_cache()  # it holds the weights of before the step
+        return taken
+
+    def _validated(self, shadow: Shadow, values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+        """The validation loss at the stepped parameters, and its gradient v there."""
+        loss = shadow.at(values, hyper.validation_loss, batch)
+        return loss.detach(), self._gradient(loss, values)
+
+    def _learn(self, taken: hyper.Taken, v: Sequence[Tensor | None]) -> hyper.Hypergradient:
+        """The meta-step along the meta-gradient of a step that was taken."""
+        tangent = self.tangent or hyper.default_tangent(self._inner[0])
+        radius = self.radius or hyper.default_radius(tangent, self._inner[0])
+        found = hyper.hypergradient(taken, v, self._meta, tangent, radius, self.fraction)
+        for p, h in zip(self._meta, found.values, strict=True):
+            p.grad = h
+        self.skipped += ~found.usable
+        if not found.usable.is_cpu or found.usable:
+            self.meta_optimizer.step()
+        return found
+
+
+class _Totals:
+    """The parts of the training loss, averaged over a step's batches."""
+
+    def __init__(self, loss: Tensor | float = 0.0, parts: dict[str, Tensor] | None = None):
+        self.loss, self.parts = loss, parts or {}
+
+    def add(self, parts: dict[str, Tensor], count: int) -> None:
+        loss = sum(parts.values()).detach()
+        self.loss = loss if count == 1 else self.loss + loss / count
+        for name, part in parts.items():
+            share = part.detach() if count == 1 else part.detach() / count
+            self.parts[name] = self.parts[name] + share if name in self.parts else share
+
+    def report(self, validation_loss=None, found: hyper.Hypergradient | None = None) -> MetaStepReport:
+        if found is None:
+            return MetaStepReport(self.loss, self.parts)
+        return MetaStepReport(
+            loss=self.loss,
+            parts=self.parts,
+            validation_loss=validation_loss,
+            meta_gradient_norm=torch.stack([h.norm() for h in found.values]).norm(),
+            epsilon=found.epsilon,
+            tangent_error=found.tangent_error,
+            skipped=~found.usable,
+        )

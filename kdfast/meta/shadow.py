@@ -1,0 +1,57 @@
+"""The distiller as it is, evaluated elsewhere: at other parameters, at an earlier random state, leaving no trace."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class RandomState:
+    """The random state of the CPU and of some GPUs, as it is when this is made."""
+
+    def __init__(self, devices: Iterable[int]):
+        self.cpu, self.gpus = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+    def replay(self) -> None:
+        """Go back to it, so that dropout drops the same units again."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.gpus:
+            torch.cuda.set_rng_state(state, device)
+
+
+class _Halves(nn.Module):
+    """Runs a function of the distiller as a forward, which is what functional_call can evaluate elsewhere."""
+
+    def __init__(self, distiller: nn.Module):
+        super().__init__()
+        self.distiller = distiller
+
+    def forward(self, function: Callable, *args):
+        return function(self.distiller, *args)
+
+
+class Shadow:
+    """The distiller as it is now, to be evaluated at other parameters.
+
+    Each evaluation has its own copy of the buffers as they were when the shadow was made, so that BatchNorm
+    statistics and their counters see none of it, and every train pass starts where the real one did.
+
+    Args:
+        distiller: the module; it is read, never written.
+        inner: its trainable inner parameters.
+    """
+
+    def __init__(self, distiller: nn.Module, inner: Sequence[nn.Parameter]):
+        self.module = _Halves(distiller)
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        self.names = [names[id(p)] for p in inner]
+        self.buffers = {name: b.clone() for name, b in self.module.named_buffers()}
+        self.devices = sorted({p.device.index for p in inner if p.is_cuda})
+
+    def at(self, values: Sequence[Tensor], function: Callable, *args) -> Any:
+        """`function(distiller, *args)` with the inner parameters at `values` (shaped like them)."""
+        tensors = {name: b.clone() for name, b in self.buffers.items()}
+        tensors |= dict(zip(self.names, values, strict=True))
+        return functional_call(self.module, tensors, (function, *args))

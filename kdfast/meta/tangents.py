@@ -1,0 +1,195 @@
+"""The student's tangent along a direction, and the head's exact derivative along it.
+
+    f_dot = d f(theta + e w) / de          of the student's outputs f, by a difference or in forward mode
+    D     = <dL/df (f, phi), f_dot>        the training loss along it: the head's, exact
+    h     = dD / dphi                      the meta-gradient
+
+The difference is taken of the outputs, not of dL/dphi: what is rounded in f averages out over a map's elements, and
+the head's own curvature adds no error. docs/math/hypergradient.md has the curves of both.
+
+D comes in forward mode through `losses`, or from what the backward pass of the training loss has in passing, where the
+method knows how (`Distiller.losses_and_slope`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from kdfast.meta.shadow import RandomState, Shadow
+
+Batch = tuple[Any, Any]  # inputs, targets
+
+
+@dataclass
+class TrainPass:
+    """One batch's training pass at theta, and what is kept of it.
+
+    Attributes:
+        batch, teacher_outputs: of the head.
+        outputs: the student's, detached.
+        start, head: random states at the beginning of the student's forward and of the head's.
+        slope: see `Distiller.losses_and_slope`; None for forward mode.
+        gradients: dL/df of each of the outputs' tensors, by their place, once the backward pass has run.
+    """
+
+    batch: Batch
+    teacher_outputs: Any
+    outputs: Any
+    start: RandomState
+    head: RandomState
+    slope: Callable | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+
+def head_pass(distiller, outputs: Any, batch: Batch, teacher_outputs: Any, start: RandomState, devices):
+    """(the named parts of the training loss, the `TrainPass`) of outputs that are part of a graph."""
+    kept = TrainPass(batch, teacher_outputs, tree_map(_detached, outputs), start, RandomState(devices))
+    leaves, structure = tree_flatten(outputs)
+    # Aliases: a feature's own gradient would hold the deeper layers' part as well.
+    leaves = [_observed(x, kept.gradients, i) if _differentiable(x) else x for i, x in enumerate(leaves)]
+    outputs = tree_unflatten(leaves, structure)
+    parts, kept.slope = distiller.losses_and_slope(outputs, teacher_outputs, batch[1])
+    return parts, kept
+
+
+def train_pass(distiller, batch: Batch, teacher_outputs: Any, devices) -> tuple[dict[str, Tensor], TrainPass]:
+    """The student's forward pass and the head's."""
+    start = RandomState(devices)
+    return head_pass(distiller, distiller.student_outputs(batch[0]), batch, teacher_outputs, start, devices)
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad
+
+
+def _observed(x: Tensor, gradients: dict[int, Tensor], place: int) -> Tensor:
+    alias = x.view_as(x)
+    alias.register_hook(lambda gradient: gradients.__setitem__(place, gradient))
+    return alias
+
+
+# ---------------------------------------------------------------- the student's tangent
+def difference(
+    shadow: Shadow, kept: TrainPass, ahead: Sequence[Tensor], behind: Sequence[Tensor] | None
+) -> list[Tensor | None]:
+    """f(ahead) - f(behind) of each of the outputs' tensors, in the accumulating type; without `behind` from f(theta),
+    which the training pass has."""
+    here = _leaves(evaluated(shadow, kept, ahead))
+    there = _leaves(kept.outputs if behind is None else evaluated(shadow, kept, behind))
+    return [_wide(a) - _wide(b) if _is_float(a) else None for a, b in zip(here, there, strict=True)]
+
+
+@torch.no_grad()
+def evaluated(shadow: Shadow, kept: TrainPass, values: Sequence[Tensor]) -> Any:
+    """The student's outputs for the pass's batch at other parameters, with the pass's own random numbers."""
+    kept.start.replay()
+    return shadow.at(values, lambda distiller: distiller.student_outputs(kept.batch[0]))
+
+
+@torch.no_grad()
+def jvp(
+    shadow: Shadow, kept: TrainPass, theta: Sequence[Tensor], w: Sequence[Tensor | None]
+) -> tuple[Any, list[Tensor | None]]:
+    """The outputs at theta and their tangents in forward mode, exact, in the parameters' own precision."""
+    kept.start.replay()
+    device = theta[0].device.type
+    with torch.autocast(device, enabled=False), forward_ad.dual_level():
+        duals = [x if t is None else forward_ad.make_dual(x, t) for x, t in zip(theta, w, strict=True)]
+        outputs = shadow.at(duals, lambda distiller: distiller.student_outputs(kept.batch[0]))
+        pairs = [forward_ad.unpack_dual(x) if _is_float(x) else None for x in _leaves(outputs)]
+        tangents = [None if pair is None else pair.tangent for pair in pairs]
+        primal = tree_map(lambda x: forward_ad.unpack_dual(x).primal if _is_float(x) else x, outputs)
+    return primal, [
+        torch.zeros_like(x) if t is None and _is_float(x) else t for x, t in zip(_leaves(primal), tangents, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------- the head's derivative along it
+def loss_along(
+    shadow: Shadow,
+    kept: TrainPass,
+    theta: Sequence[Tensor],
+    w: Sequence[Tensor | None],  # shaped like theta: the head's own parameters may move too
+    tangents: list[Tensor | None],  # of the outputs' tensors
+) -> Tensor:
+    """D as a function of the meta-parameters, in forward mode through the head, in the parameters' precision."""
+    kept.head.replay()
+    like = theta[0].dtype
+    with torch.autocast(theta[0].device.type, enabled=False), forward_ad.dual_level():
+        duals = [
+            x.detach() if t is None else forward_ad.make_dual(x.detach(), t) for x, t in zip(theta, w, strict=True)
+        ]
+        leaves, structure = tree_flatten(kept.outputs)
+        outputs = [x if t is None else _dual(_as(x, like), _as(t, like)) for x, t in zip(leaves, tangents, strict=True)]
+        outputs = tree_unflatten(outputs, structure)
+        teacher_outputs = tree_map(lambda x: _as(x, like) if _is_float(x) else x, kept.teacher_outputs)
+        try:
+            parts = shadow.at(duals, lambda d: d.losses(outputs, teacher_outputs, kept.batch[1]))
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"The meta-gradient takes the head's derivative in forward mode, which an operation in its losses() "
+                f"does not have ({str(error).splitlines()[0]}); give it a jvp, or use tangent='exact'."
+            ) from error
+        along = forward_ad.unpack_dual(sum(parts.values())).tangent
+    return theta[0].new_zeros(()) if along is None else along
+
+
+def _dual(x: Tensor, tangent: Tensor) -> Tensor:
+    return forward_ad.make_dual(x, tangent.contiguous(memory_format=_layout(x)))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def slope_of(kept: TrainPass, tangents: list[Tensor | None], factor: float | Tensor) -> Tensor:
+    """<dL/df, f_dot>, from the backward pass, whose loss was multiplied by `factor`."""
+    dots = [
+        (_wide(gradient) * tangents[place]).sum()
+        for place, gradient in kept.gradients.items()
+        if tangents[place] is not None
+    ]
+    return sum(dots) / factor
+
+
+def as_outputs(kept: TrainPass, tangents: list[Tensor | None]) -> Any:
+    """The tangents in the structure of the outputs."""
+    return tree_unflatten(tangents, tree_flatten(kept.outputs)[1])
+
+
+def part_of(kept: TrainPass, fraction: float) -> TrainPass:
+    """The pass of the batch's first share; what is not per sample stays whole. Its outputs are still to be had."""
+    inputs, targets = kept.batch
+    count = next(len(x) for x in _leaves(inputs) if isinstance(x, Tensor))
+    share = max(1, round(fraction * count))
+    cut = lambda x: x[:share] if isinstance(x, Tensor) and x.dim() and len(x) == count else x  # noqa: E731
+    batch, teacher_outputs = (tree_map(cut, x) for x in ((inputs, targets), kept.teacher_outputs))
+    return TrainPass(batch, teacher_outputs, None, kept.start, kept.head)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return tree_flatten(tree)[0]
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Not rounded: only a smaller type is made wider."""
+    return x.to(dtype) if _is_float(x) and torch.promote_types(x.dtype, dtype) == dtype else x
