@@ -1,8 +1,7 @@
-"""Learn the weight of each loss of torchvision's RetinaNet, and of imitating a teacher, in ten lines of one's own.
+"""Learn the weight of each loss of torchvision's RetinaNet, and of imitating a teacher, by a head of one's own.
 
-A `Distiller` says what its meta-parameters are and how they enter the loss; `meta_kd_step` learns them from held-out
-images, with any network and any losses. Here they are the weights of the detector's two losses and of the distance
-between the two feature pyramids. The images are made up: a bright square on a noisy ground.
+`LearnedWeights`, ten lines, says what the meta-parameters are and how they enter the loss; `meta_kd_step` learns them
+from held-out images, with any network and any losses. The images are made up: a bright square on a noisy ground.
 
     pip install kdfast torchvision
     python examples/learned_loss_weights.py
@@ -42,10 +41,8 @@ def retinanet(blocks):
     )
 
 
-class LearnedWeights(Distiller):
-    def __init__(self, student, teacher):
-        super().__init__(student, teacher)
-        self.log_weights = nn.Parameter(torch.tensor([0.0, 0.0, -1.0]))  # classification, box, imitation
+class Imitation(Distiller):
+    """The detector's own losses, and the distance of its feature pyramid from the teacher's."""
 
     def student_outputs(self, images):
         images, _ = self.student.transform(list(images))
@@ -59,15 +56,24 @@ class LearnedWeights(Distiller):
 
     def detection_losses(self, outputs, targets):
         heads, anchors, _ = outputs
-        return self.student.compute_loss(targets, heads, anchors)  # of "classification" and "bbox_regression"
+        return self.student.compute_loss(targets, heads, anchors)  # "classification" and "bbox_regression"
 
     def losses(self, outputs, teacher_features, targets):
-        parts = self.detection_losses(outputs, targets)
-        parts["imitation"] = pathway_loss(outputs[2], teacher_features)
-        return {name: w * part for w, (name, part) in zip(self.log_weights.exp(), parts.items(), strict=True)}
+        imitation = pathway_loss(outputs[2], teacher_features)
+        return {**self.detection_losses(outputs, targets), "imitation": imitation}
 
     def validation_loss(self, outputs, targets):
         return sum(self.detection_losses(outputs, targets).values())
+
+
+class LearnedWeights(Imitation):
+    def __init__(self, student, teacher):
+        super().__init__(student, teacher)
+        self.log_weights = nn.Parameter(torch.tensor([0.0, 0.0, -1.0]))
+
+    def losses(self, outputs, teacher_features, targets):
+        parts = super().losses(outputs, teacher_features, targets)
+        return {name: w * part for w, (name, part) in zip(self.log_weights.exp(), parts.items(), strict=True)}
 
     def meta_parameters(self):
         yield self.log_weights

@@ -125,7 +125,7 @@ RECIPES: dict[str, Recipe] = {
         nesterov=True,
         weight_decay=1e-4,
         milestones=(150, 225),
-        source="Zheng et al., Self-Guidance",
+        source="Zheng and Peng, Self-Guidance, WACV 2022",
     ),
     "stagewise-cifar100": Recipe(
         "stagewise",
