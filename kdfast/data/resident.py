@@ -1,0 +1,69 @@
+"""The resident back end: a data set kept once in memory, on the GPU if there is one, augmented as whole batches."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdfast.data.engines import Request, Work, blend, cut_out
+
+
+class Resident:
+    """Crop, flip, cutout, mixup, cutmix and normalisation, each a few operations on the batch.
+
+    It runs where it is asked: a batch of CIFAR takes a fraction of a millisecond, less than handing it over from
+    another thread would cost the step that runs meanwhile (docs/data.md).
+
+    Raises:
+        ValueError: for augmentations it does not have.
+    """
+
+    def __init__(self, work: Work):
+        unable = [name for name in ("color", "randaugment") if getattr(work.augment, name)]
+        if unable:
+            raise ValueError(f"The resident loader has no {unable[0]}; take loader 'torchvision' or 'dali'.")
+        self.work, self.images = work, work.data.images.to(work.device)
+        self._mean, self._deviation = work.mean.to(work.device), work.deviation.to(work.device)
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, np.ndarray]]:
+        for request in requests:
+            yield self.batch(request), request.samples
+
+    def batch(self, request: Request) -> Tensor:
+        augment, draws = self.work.augment, request.draws()
+        device = self.images.device
+        images = self.images.index_select(0, torch.from_numpy(request.samples).to(device))
+        if augment.crop:
+            top, left = (torch.from_numpy(x).to(device) for x in draws.offsets(self.work.shift))
+            images = shifted(images, self.work.shift, top, left)
+        if augment.flip:
+            images = mirrored(images, torch.from_numpy(draws.flips()).to(device))
+        images = images.float() if images.dtype == torch.uint8 else images
+        images = images.sub_(self._mean).div_(self._deviation)
+        if augment.cutout:
+            images = cut_out(images, draws.squares(augment.cutout, *images.shape[2:]))
+        return images if request.mix is None else blend(images, request.mix)
+
+
+def shifted(images: Tensor, shift: int, top: Tensor, left: Tensor) -> Tensor:
+    """[batch, channels, height, width] cut out of the images padded by `shift` with 0, at `top` and `left` [batch].
+
+    A row of the result is `width` neighbours in memory, so that it is copied as a whole from where it begins: the view
+    has a row for every place in memory, and they overlap.
+    """
+    batch, channels, height, width = images.shape
+    padded = nn.functional.pad(images, (shift,) * 4)
+    high, wide = padded.shape[2:]
+    device = images.device
+    planes = torch.arange(batch * channels, device=device).reshape(batch, channels, 1)
+    rows = top[:, None, None] + torch.arange(height, device=device)  # [batch, 1, height]
+    starts = (planes * high + rows) * wide + left[:, None, None]  # [batch, channels, height]
+    places = padded.reshape(-1).unfold(0, width, 1)  # [all - width + 1, width]
+    return places.index_select(0, starts.reshape(-1)).reshape(images.shape)
+
+
+def mirrored(images: Tensor, flips: Tensor) -> Tensor:
+    """Those images mirrored for which `flips` [batch] is true."""
+    both = torch.cat([images, images.flip(-1)])
+    return both.index_select(0, torch.arange(len(images), device=images.device) + len(images) * flips)
