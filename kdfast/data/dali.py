@@ -236,7 +236,20 @@ def _built(work: Work):
 
 def _operations() -> list:
     """RandAugment's in the order of `OPERATIONS`, with torchvision's ranges."""
+    from nvidia.dali import fn
     from nvidia.dali.auto_aug import augmentations as a
+    from nvidia.dali.auto_aug.core import augmentation
+
+    # DALI's own versions of two call these by their former names, and are warned.
+    operators = fn if hasattr(fn, "equalize") else fn.experimental
+
+    @augmentation(mag_range=(0, 0.9), randomly_negate=True, mag_to_param=a.sharpness_kernel, param_device="auto")
+    def sharpness(data, kernel):
+        return operators.filter(data, kernel)
+
+    @augmentation
+    def equalize(data, _):
+        return operators.equalize(data)
 
     factor = {"mag_range": (0, 0.9), "randomly_negate": True}
     shift = {"mag_range": (0, 150 / 331), "randomly_negate": True}
@@ -249,7 +262,8 @@ def _operations() -> list:
         "brightness": a.brightness.augmentation(**factor, mag_to_param=a.shift_enhance_range),
         "color": a.color.augmentation(**factor, mag_to_param=a.shift_enhance_range),
         "contrast": a.contrast.augmentation(**factor, mag_to_param=a.shift_enhance_range),
-        "sharpness": a.sharpness.augmentation(**factor, mag_to_param=a.sharpness_kernel),
+        "sharpness": sharpness,
+        "equalize": equalize,
         "posterize": a.posterize.augmentation((8, 4), False, a.poster_mask_uint8),
         "solarize": a.solarize.augmentation((256, 0)),
     }

@@ -143,7 +143,7 @@ def operate(v2, name: str, image: Tensor, magnitude: float, sign: int) -> Tensor
     height, width = image.shape[-2:]
     affine = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
     if name in ("shear_x", "shear_y"):
-        slope = math.degrees(math.atan(sign * 0.3 * part))
+        slope = -math.degrees(math.atan(sign * 0.3 * part))  # its angles run the other way round than DALI's
         shear = [slope, 0.0] if name == "shear_x" else [0.0, slope]
         return v2.affine(image, **{**affine, "shear": shear}, center=[0, 0])
     if name in ("translate_x", "translate_y"):
