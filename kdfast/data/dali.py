@@ -55,12 +55,7 @@ class Dali:
             yield self._tensor(output, len(samples)), samples
 
     def _tensor(self, output, count: int) -> Tensor:
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        images = torch.empty(count, *self.work.shape, device=self.work.device)
-        stream = torch.cuda.current_stream(self.work.device) if images.is_cuda else None
-        feed_ndarray(output.as_tensor(), images, cuda_stream=stream)  # the pipeline's own buffer is written anew
-        return images
+        return torch.from_dlpack(output.as_tensor())
 
     def _mark_broken(self, samples: np.ndarray, error: RuntimeError) -> None:
         """Find what the pipeline could not decode, which it does not say."""
@@ -227,8 +222,8 @@ def _built(work: Work):
         batch_size=work.batch_size,
         num_threads=work.workers or 1,
         device_id=(work.device.index or 0) if gpu else None,
-        exec_pipelined=False,  # a stream runs it ahead of the training in a thread
-        exec_async=False,
+        prefetch_queue_depth=1,  # a stream runs it ahead of the training in a thread
+        exec_dynamic=True,  # what it gives is then the taker's: no copy is needed
     )
     built.build()
     return built
