@@ -75,14 +75,9 @@ def plain(images, labels, device, crop, members=None):
     v2 = import_module("torchvision.transforms.v2")
     scale = v2.ToDtype(torch.float32, scale=True)
     transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), scale, v2.Normalize([0.5] * 3, [0.25] * 3)])
-    loader = DataLoader(
-        Plain(images, labels, transform),
-        BATCH,
-        shuffle=True,
-        drop_last=True,
-        num_workers=CORES,
-        persistent_workers=True,
-    )
+    data = Plain(images, labels, transform)
+    data = data if members is None else Subset(data, members)
+    loader = DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=CORES, persistent_workers=True)
     return ((x.to(device), y.to(device)) for _ in iter(int, 1) for x, y in loader), len(loader)
 
 
