@@ -1,4 +1,4 @@
-"""The command line: `kdfast train`, `export`, `compare`, `recipes` and `backends`."""
+"""The command line: `kdfast train`, `export`, `compare`, `recipes`, `models` and `backends`."""
 
 import ast
 import dataclasses
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import kdfast
 from kdfast.methods import METHODS
+from kdfast.models import create, names
 from kdfast.train import distributed
 from kdfast.train.compare import TITLES, Recipe, Run, compare
 from kdfast.train.files import atomically
@@ -141,6 +142,18 @@ def recipes(name: str | None) -> None:
         _print_rows(as_rows(RECIPES[name]))
 
 
+@main.command()
+@click.option("--classes", type=click.IntRange(min=1), default=100, show_default=True)
+def models(classes: int) -> None:
+    """List the networks, their parameters and the channels of their features."""
+    rows = []
+    for name in names():
+        with torch.device("meta"):  # counted, not made
+            network = create(name, classes)
+        rows.append((name, f"{sum(p.numel() for p in network.parameters()):>11,}  {network.widths}"))
+    _print_rows(rows)
+
+
 def _print_rows(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -172,6 +185,8 @@ def _changed(recipe: TrainingRecipe, changes: tuple[str, ...]) -> TrainingRecipe
 @click.option(
     "--teacher", help="The file of a trained network, or NAME=FILE, or a pretrained timm:NAME(pretrained=True)."
 )
+@click.option("--student-layers", help="L1,L2,...: layers of a torchvision or timm student that are its features.")
+@click.option("--teacher-layers", help="The same of the teacher.")
 @click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), help="Of a paper; by default the method's.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for all that the training leaves.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Folder of a training to go on with; no other options.")

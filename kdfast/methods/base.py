@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kdfast.models.tapped import bare
+
 Loss = Callable[[Any, Any], Tensor]  # of (logits, targets), to a scalar
 
 
@@ -95,5 +97,5 @@ class Distiller(nn.Module):
         """Told by a trainer after each epoch; the mean task loss of held-out data where it has any, else None."""
 
     def export(self) -> nn.Module:
-        """The bare student: no head, no transforms, no teacher."""
-        return self.student
+        """The bare student: no head, no transforms, no teacher, no `kdfast.models.Tapped` around it."""
+        return bare(self.student)

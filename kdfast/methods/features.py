@@ -101,7 +101,8 @@ def channels_of(method: str, role: str, network: nn.Module, channels: Sequence[i
     if channels is None:
         raise ValueError(
             f"{method} needs {role}_channels, the channels of each feature of the {role}: a {type(network).__name__} "
-            "does not tell them in `widths`."
+            "does not tell them in `widths`; wrap it in kdfast.models.Tapped with the layers to use "
+            f"(--{role}-layers on the command line)."
         )
     return tuple(channels)
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from kdfast.losses.kd_kl import kd_loss
 from kdfast.methods.base import Distiller, Loss
 from kdfast.methods.stochastic_depth import branch_parameters, linear_survival, residual_branches, scaled
+from kdfast.models.tapped import bare
 
 TEACHER_GRADIENTS = ("task", "all", "none")
 BATCH_NORMS = ("teacher", "student", "both")
@@ -136,4 +137,4 @@ class SelfGuidance(Distiller):
         with torch.no_grad():
             for name, value in scaled(self.student, self._scales, self.survival).items():
                 plain.get_parameter(name).copy_(value)
-        return plain
+        return bare(plain)

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast.data import Stream, Streams, loaders
 from kdfast.meta import Process, meta_kd_step
 from kdfast.methods import METHODS, Distiller
+from kdfast.models import Tapped
 from kdfast.train import distributed
 from kdfast.train.checkpoint import seed_everything
 from kdfast.train.files import atomically, write_json
@@ -45,6 +46,8 @@ class Settings:
     Attributes:
         data: see `kdfast.data.loaders`.
         student, teacher: see `kdfast.train.networks.network_of`; a method without a teacher has None.
+        student_layers, teacher_layers: names of the layers whose outputs are their features, by commas, for networks that
+            do not return features themselves; see `kdfast.models.Tapped`.
         process: file of a DistPro process to follow, None to search.
         precision, accumulate, ema, channels_last, compile, checkpoint_every: see `Trainer`.
         evaluate_every: epochs.
@@ -54,6 +57,8 @@ class Settings:
     data: str
     student: str
     teacher: str | None = None
+    student_layers: str | None = None
+    teacher_layers: str | None = None
     seed: int = 0
     device: str = "cpu"
     precision: str = "fp32"
@@ -209,29 +214,35 @@ class Run:
         settings, recipe = self.settings, self.settings.recipe
         kind = METHODS[recipe.method]
         parameters = inspect.signature(kind).parameters
-        shape = {"classes": self.streams.classes, "in_channels": self.streams.shape[0]}
-        networks = [network_of(settings.student, **shape)]
+        networks = [self._network(settings.student, settings.student_layers)]
         if "teacher" in parameters:
             if settings.teacher is None:
                 raise ValueError(
                     f"{recipe.method} needs a teacher; train one with 'kdfast train alone' and name its file."
                 )
-            networks.append(network_of(settings.teacher, **shape, trained=True))
-        elif settings.teacher is not None:
-            raise ValueError(f"{recipe.method} takes no teacher, got {settings.teacher}; leave it out.")
+            networks.append(self._network(settings.teacher, settings.teacher_layers, trained=True))
+        elif unwanted := settings.teacher or settings.teacher_layers:
+            raise ValueError(f"{recipe.method} takes no teacher, got {unwanted}; leave it out.")
         unknown = sorted(set(recipe.options) - set(parameters))
         if unknown and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
             known = ", ".join(name for name in parameters if name not in ("student", "teacher"))
             raise ValueError(f"{recipe.method} has no option {unknown[0]!r}, only {known}.")
         given = dict(recipe.options)
         if "peer" in parameters:
-            given["peer"] = network_of(settings.student, **shape)
+            given["peer"] = self._network(settings.student, settings.student_layers)
         if "labels" in parameters:
             given["labels"] = self.streams.train.data.labels
         try:
             return kind(*networks, **given)
         except TypeError as error:
             raise ValueError(f"{recipe.method} cannot be made of these options: {error}") from error
+
+    def _network(self, description: str, layers: str | None, trained: bool = False) -> nn.Module:
+        shape = self.streams.shape
+        network = network_of(description, classes=self.streams.classes, in_channels=shape[0], trained=trained)
+        if layers is None:
+            return network
+        return Tapped(network, [layer.strip() for layer in layers.split(",")], torch.zeros(2, *shape))
 
     def _followed(self) -> Process | None:
         """The process to follow: the copy this training took with it, or the file it was told."""

@@ -18,7 +18,7 @@ class Pool(nn.Module):
 
 
 def parts_of(network):
-    stem = nn.Sequential(network.conv, network.bn, nn.ReLU(), network.stages[0])
+    stem = nn.Sequential(network.stem, network.stages[0])
     return [stem, network.stages[1], network.stages[2]], nn.Sequential(Pool(), network.classifier)
 
 
