@@ -135,8 +135,10 @@ def test_data(benchmark, jpegs, device, case, implementation):
         return run
 
     runs = {name: epoch(items, count) for name, (items, count) in batches.items()}
+    torch.set_num_threads(CORES)  # DALI's threads and the DataLoader's processes have all the cores too
     rounds = measure(("data", device, case), runs, seconds=10.0, sync=device == "cuda")
+    torch.set_num_threads(1)
     enter(
         benchmark, rounds[implementation], op="data", case=title, impl=implementation, dtype="float32", device=device,
-        threads=torch.get_num_threads(), workers=CORES, images=batches[implementation][1] * BATCH,
+        threads=CORES, workers=CORES, images=batches[implementation][1] * BATCH,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The resident back end: a data set kept once in memory, on the GPU if there is one, augmented as whole batches."""
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -52,15 +53,19 @@ def shifted(images: Tensor, shift: int, top: Tensor, left: Tensor) -> Tensor:
     A row of the result is `width` neighbours in memory, so that it is copied as a whole from where it begins: the view
     has a row for every place in memory, and they overlap.
     """
-    batch, channels, height, width = images.shape
     padded = nn.functional.pad(images, (shift,) * 4)
-    high, wide = padded.shape[2:]
-    device = images.device
-    planes = torch.arange(batch * channels, device=device).reshape(batch, channels, 1)
-    rows = top[:, None, None] + torch.arange(height, device=device)  # [batch, 1, height]
-    starts = (planes * high + rows) * wide + left[:, None, None]  # [batch, channels, height]
+    width, wide = images.shape[3], padded.shape[3]
+    starts = _starts(tuple(images.shape[:3]), shift, wide, images.device) + (top * wide + left)[:, None, None]
     places = padded.reshape(-1).unfold(0, width, 1)  # [all - width + 1, width]
     return places.index_select(0, starts.reshape(-1)).reshape(images.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def _starts(shape: tuple[int, int, int], shift: int, wide: int, device: torch.device) -> Tensor:
+    """[batch, channels, height]: where the rows of a cut at the top left begin in padded images."""
+    batch, channels, height = shape
+    planes = torch.arange(batch * channels, device=device).reshape(batch, channels, 1)
+    return (planes * (height + 2 * shift) + torch.arange(height, device=device)) * wide
 
 
 def mirrored(images: Tensor, flips: Tensor) -> Tensor:

@@ -105,6 +105,8 @@ class Stream:
             self._epoch, self._position = self._epoch + 1, 0
         order, epoch = self._order(), self._epoch
         variant = epoch % self.variants if self.variants else epoch
+        if self.augment == Augment():
+            variant = 0
         places = range(self._position, len(self))
         requests = [self._request(order, at, variant) for at in places]
         batches = self._engine.batches(requests)
