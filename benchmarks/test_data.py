@@ -3,10 +3,10 @@
     pytest benchmarks --benchmark-only -k data
 
 A round is an epoch (of CIFAR, over a random quarter of the images): padded crop or random resized crop, flip,
-normalisation, batches of 128 on the device. `torchvision`, `resident` and `dali` are kdfast's loaders; `plain` is the
-DataLoader as most write it, a transform an image, without kdfast. KDFAST_CIFAR100 may name a folder with CIFAR-100
-(torchvision's layout, or train/CLASS/*.png and test/CLASS/*.png); else the images are random ones of its number and
-size, and the case says so.
+normalisation, batches of 128 on the device; one thread of torch, workers on every core. `torchvision`, `resident` and
+`dali` are kdfast's loaders; `plain` is the DataLoader as most write it, a transform an image, without kdfast.
+KDFAST_CIFAR100 may name a folder with CIFAR-100 (torchvision's layout, or train/CLASS/*.png and test/CLASS/*.png); else
+the images are random ones of its number and size, and the case says so.
 """
 
 import os
@@ -135,10 +135,8 @@ def test_data(benchmark, jpegs, device, case, implementation):
         return run
 
     runs = {name: epoch(items, count) for name, (items, count) in batches.items()}
-    torch.set_num_threads(CORES)  # DALI's threads and the DataLoader's processes have all the cores too
     rounds = measure(("data", device, case), runs, seconds=10.0, sync=device == "cuda")
-    torch.set_num_threads(1)
     enter(
         benchmark, rounds[implementation], op="data", case=title, impl=implementation, dtype="float32", device=device,
-        threads=CORES, workers=CORES, images=batches[implementation][1] * BATCH,
+        threads=torch.get_num_threads(), workers=CORES, images=batches[implementation][1] * BATCH,
     )  # fmt: skip
