@@ -76,7 +76,24 @@ def steps(reporter, op: str, groups: dict) -> None:
         )
 
 
+def speeds(reporter, op: str, groups: dict) -> None:
+    """Of what has no rival but each other: images a second, and against the baseline."""
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    reporter.section(f"{op}: images/s, medians of interleaved rounds (x torchvision), torch {torch.__version__}")
+    reporter.write_line(f"{'case':>34} {'device':>6}" + "".join(f"{name:>22}" for name in names))
+    for (_, case, _, device), group in groups.items():
+        speed = {name: info["images"] / seconds for name, (seconds, info) in group.items()}
+        line = f"{case:>34} {device:>6}"
+        for name in names:
+            text = f"{speed[name]:,.0f} ({speed[name] / speed['torchvision']:.2f}x)" if name in speed else ""
+            line += f"{text:>22}"
+        reporter.write_line(line)
+
+
 def table(reporter, op: str, groups: dict) -> None:
+    if all("images" in info for group in groups.values() for _, info in group.values()):
+        speeds(reporter, op, groups)
+        return
     rivals = [name for name in dict.fromkeys(n for g in groups.values() for n in g) if name != "kdfast"]
     reporter.section(
         f"{op}: medians of interleaved rounds, {torch.get_num_threads()} thread, torch {torch.__version__}"

@@ -127,8 +127,8 @@ def higher_step(d, optimizer, meta_optimizer, train, validation, taught) -> None
 
 
 def torchopt_step(d, optimizer, meta_optimizer, train, validation, taught) -> None:
-    """By metaopt/torchopt's MetaSGD: double backward through the unrolled step, exact but for the momentum, which begins
-    at zero; then the step anew."""
+    """By metaopt/torchopt's MetaSGD: double backward through the unrolled step, exact but for the momentum, which
+    begins at zero; then the step anew."""
     import torchopt
 
     inner = torchopt.MetaSGD(d.student, lr=LR)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from safetensors.torch import save_file
 
 import kdfast
+from kdfast.data import LOADERS
 from kdfast.methods import METHODS
 from kdfast.models import create, names
 from kdfast.train import distributed
@@ -187,7 +188,15 @@ def _changed(recipe: TrainingRecipe, changes: tuple[str, ...]) -> TrainingRecipe
 
 @main.command("train")
 @click.argument("method", type=click.Choice(list(METHODS)), required=False)
-@click.option("--data", help="digits, folder:ROOT, ...")
+@click.option("--data", help="digits, cifar10:ROOT, cifar100:ROOT, folder:ROOT or tiny-imagenet:ROOT.")
+@click.option("--loader", type=click.Choice(LOADERS), default="auto", show_default=True, help="Back end of the data.")
+@click.option("--workers", type=click.IntRange(min=0), help="Threads or processes a loader; by default one a core.")
+@click.option("--size", type=click.IntRange(min=1), help="Pixels that images in files are resized to; by default 224.")
+@click.option("--download", is_flag=True, help="Fetch CIFAR where it is not there.")
+@click.option(
+    "--variants", type=click.IntRange(min=1), help="Augmentations of an image that recur; by default none do."
+)
+@click.option("--cache-teacher", type=click.Path(), metavar="FOLDER", help="Keep the teacher's outputs there.")
 @click.option("--student", help="NAME, NAME(option=value, ...), or FILE.safetensors to begin from.")
 @click.option(
     "--teacher", help="The file of a trained network, or NAME=FILE, or a pretrained timm:NAME(pretrained=True)."
@@ -212,6 +221,7 @@ def _changed(recipe: TrainingRecipe, changes: tuple[str, ...]) -> TrainingRecipe
 @click.option(
     "--on-broken", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Broken images."
 )
+@click.option("--broken-limit", type=click.IntRange(min=1), default=100, show_default=True, help="Skipped at most.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), default=1, show_default=True, help="Epochs.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps; by default each epoch.")
 @click.option("--tensorboard/--no-tensorboard", default=True, show_default=True)
@@ -272,7 +282,9 @@ def train_command(
 
 def _train(settings: Settings, folder: Path, console: Console, tensorboard: bool) -> None:
     watch: list[Watch] = []
-    training = Training(settings, folder, lambda record: watch[0].step(record), lambda record: watch[0].epoch(record))
+    training = Training(
+        settings, folder, lambda record: watch[0].step(record), lambda record: watch[0].epoch(record), console.print
+    )
     trainer = training.trainer
     with Watch(console, training.steps, folder / "tensorboard" if tensorboard else None, trainer.step) as started:
         watch.append(started)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kdfast.data.tensors import ImageSet
 
@@ -38,6 +39,16 @@ def load_digits(train_per_class: int = 20, validation_per_class: int = 60) -> Di
         >>> len(split.train.labels), len(split.validation.labels), len(split.test.labels)
         (200, 600, 997)
     """
+    images, labels = raw_digits()
+    train, validation, test = digit_parts(labels, train_per_class, validation_per_class)
+    mean, deviation = images[train].mean(), images[train].std()
+    data = ImageSet((images - mean) / deviation, labels)
+    background = float(-mean / deviation)  # the paper's white: a raw 0
+    return DigitsSplit(data.take(train), data.take(validation), data.take(test), background)
+
+
+def raw_digits() -> tuple[Tensor, Tensor]:
+    """All digits: [1797, 1, 8, 8] float32 whole numbers from 0 to 16, and [1797] labels."""
     try:
         from sklearn.datasets import load_digits as bundled_digits
     except ImportError as error:
@@ -45,8 +56,11 @@ def load_digits(train_per_class: int = 20, validation_per_class: int = 60) -> Di
             "The digits come with scikit-learn, which is not installed; run: pip install scikit-learn"
         ) from error
     raw = bundled_digits()
-    images = torch.from_numpy(raw.images).float()[:, None]  # [1797, 1, 8, 8], 0..16
-    labels = torch.from_numpy(raw.target).long()  # [1797]
+    return torch.from_numpy(raw.images).float()[:, None], torch.from_numpy(raw.target).long()
+
+
+def digit_parts(labels: Tensor, train_per_class: int, validation_per_class: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the digits belong to the three parts of `load_digits`."""
     fewest = int(labels.bincount().min())
     if train_per_class < 1 or validation_per_class < 0 or train_per_class + validation_per_class >= fewest:
         raise ValueError(
@@ -62,7 +76,4 @@ def load_digits(train_per_class: int = 20, validation_per_class: int = 60) -> Di
         for part, chosen in zip(parts, members.split(cuts), strict=True):
             part.append(chosen)
     train, validation, test = (torch.cat(part) for part in parts)
-    mean, deviation = images[train].mean(), images[train].std()
-    data = ImageSet((images - mean) / deviation, labels)
-    background = float(-mean / deviation)  # the paper's white: a raw 0
-    return DigitsSplit(data.take(train), data.take(validation), data.take(test), background)
+    return train, validation, test

@@ -1,54 +1,101 @@
 """Data sets by name as streams of batches, which can go on in the middle of an epoch."""
 
+import os
+from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdfast.data.digits import load_digits
-from kdfast.data.tensors import ImageSet
+from kdfast.data.augment import Augment, draw_mix
+from kdfast.data.dali import Dali, available
+from kdfast.data.engines import Engine, Request, Work, blend_targets
+from kdfast.data.files import Broken, Files
+from kdfast.data.resident import Resident
+from kdfast.data.sources import Source, read_source
+from kdfast.data.tensors import ImageSet, split_indices
+from kdfast.data.vision import Vision
 
-AUGMENTS = ("none", "crop_flip")
+LOADERS = ("auto", "resident", "dali", "torchvision")
+ENGINES = {"resident": Resident, "dali": Dali, "torchvision": Vision}
+AHEAD = 2  # batches that are prepared while the training takes a step
 
 
 class Stream:
-    """Batches of images held in memory, each epoch in a new order that depends on seed and epoch alone.
+    """Batches of images, each epoch in a new order that depends on seed and epoch alone.
 
     Args:
-        data: images, uint8 or float.
+        data: images in memory, uint8 or float, or in files.
         mean, deviation: of each channel, subtracted and divided by.
         batch_size: images a batch, of each process.
-        seed: of the orders and the augmentation; None: always in the set's order, the last batch may be smaller.
-        augment: "none", or "crop_flip": padded by an eighth of the height and cut at random, mirrored at random.
+        seed: of the orders and the augmentation; None: always in the set's order and unchanged, the last batch may be
+            smaller.
+        augment: see `Augment.parse`.
+        members: which of the images the stream gives; all unless given.
+        loader: "resident", "dali" or "torchvision"; "auto": the first of these that can.
+        variants: how many ways of augmenting each image recur, epoch by epoch; None: never the same twice.
+        classes: how many, needed where images are mixed.
         rank, world_size: this process's share of each order.
         device: of the batches.
+        workers: threads or processes that prepare batches; one a core of this process unless given.
+
+    Attributes:
+        labels: [images] of those that the stream gives.
+        indices: [batch] of the batch last given, in `labels`.
+        samples: the same, in `data`.
+        variant: of the augmentation in it.
     """
 
     def __init__(
         self,
-        data: ImageSet,
+        data: ImageSet | Files,
         mean: Tensor,  # [channels]
         deviation: Tensor,  # [channels]
         batch_size: int,
         *,
         seed: int | None = None,
         augment: str = "none",
+        members: Tensor | None = None,  # [images], int64
+        loader: str = "auto",
+        variants: int | None = None,
+        classes: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: str | torch.device = "cpu",
+        workers: int | None = None,
     ):
-        self.data, self.mean, self.deviation = data, mean[:, None, None], deviation[:, None, None]
-        self.batch_size, self.seed, self.augment = batch_size, seed, augment
-        self.rank, self.world_size, self.device = rank, world_size, device
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must be at least 0, got {workers}.")
+        self.data, self.augment = data, Augment.parse(augment) if seed is not None else Augment()
+        self.members = torch.arange(len(data.labels)) if members is None else members
+        self.labels = data.labels.cpu()[self.members]
+        if not len(self.labels):
+            raise ValueError("A stream needs at least one image, got none.")
+        self.batch_size, self.seed, self.variants, self.classes = batch_size, seed, variants, classes
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.loader = choose_loader(loader, data, self.augment)
         self._epoch = self._position = 0
-        self.indices = torch.empty(0, dtype=torch.int64)  # of the batch last given, in `data`
+        self.indices = self.samples = torch.empty(0, dtype=torch.int64)
+        self.variant = 0
+        self._placed = None  # where a sample is in `labels`: broken images are replaced
+        if isinstance(data, Files):
+            self._placed = {sample: place for place, sample in enumerate(self.members.tolist())}
+        workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        members_sorted, mean, deviation = self.members.sort().values.numpy(), mean.float(), deviation.float()
+        self.work = Work(
+            data, members_sorted, mean[:, None, None], deviation[:, None, None], self.augment, batch_size, self.device,
+            workers,
+        )  # fmt: skip
+        self._engine: Engine = ENGINES[self.loader](self.work)
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        count = len(self.data.labels)
+        count = len(self.labels)
         if self.seed is None:
             return -(-count // self.batch_size)
         return max(count // (self.batch_size * self.world_size), 1)
@@ -56,41 +103,41 @@ class Stream:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._position >= len(self):
             self._epoch, self._position = self._epoch + 1, 0
-        order = self._order()
-        while self._position < len(self):
-            at = self._position
-            self._position += 1
+        order, epoch = self._order(), self._epoch
+        variant = epoch % self.variants if self.variants else epoch
+        if self.augment == Augment():
+            variant = 0
+        places = range(self._position, len(self))
+        requests = [self._request(order, at, variant) for at in places]
+        batches = self._engine.batches(requests)
+        if self.loader == "dali":
+            batches = ahead(batches, AHEAD)
+        for at, request, (images, samples) in zip(places, requests, batches, strict=True):
+            self._epoch, self._position = epoch, at + 1
             self.indices = order[at * self.batch_size : (at + 1) * self.batch_size]
-            images, labels = self.data.take(self.indices)
-            images = (images.float() - self.mean) / self.deviation
-            yield self._augmented(images, at).to(self.device), labels.to(self.device)
-        self._epoch, self._position = self._epoch + 1, 0
+            if self._placed is not None:
+                self.indices = torch.tensor([self._placed[sample] for sample in samples.tolist()])
+            self.samples, self.variant = torch.from_numpy(samples), variant
+            labels = self.labels[self.indices].to(self.device)
+            yield images, labels if request.mix is None else blend_targets(labels, self.classes, request.mix)
+        self._epoch, self._position = epoch + 1, 0
 
     def _order(self) -> Tensor:
-        count = len(self.data.labels)
+        """[images of this process] positions in `labels`."""
+        count = len(self.labels)
         if self.seed is None:
             return torch.arange(count)
-        order = torch.randperm(count, generator=self._generator(-1))
+        seeds = np.random.SeedSequence([self.seed, self._epoch])
+        generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+        order = torch.randperm(count, generator=generator)
         whole = len(self) * self.batch_size * self.world_size
         return order.repeat(-(-whole // count))[:whole][self.rank :: self.world_size]
 
-    def _generator(self, batch: int) -> torch.Generator:
-        seeds = np.random.SeedSequence([self.seed or 0, self._epoch, batch + 1, self.rank if batch >= 0 else 0])
-        return torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-
-    def _augmented(self, images: Tensor, batch: int) -> Tensor:  # [batch, channels, height, width]
-        if self.augment == "none" or self.seed is None:
-            return images
-        generator = self._generator(batch)
-        count, _, height, width = images.shape
-        shift = height // 8
-        padded = nn.functional.pad(images, (shift,) * 4)
-        top, left = torch.randint(2 * shift + 1, (2, count, 1), generator=generator)
-        columns = left + torch.arange(width)  # [batch, width]
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)[:, None, :]
-        rows = (top + torch.arange(height))[:, :, None]  # [batch, height, 1]
-        return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()
+    def _request(self, order: Tensor, at: int, variant: int) -> Request:
+        samples = self.members[order[at * self.batch_size : (at + 1) * self.batch_size]].numpy()
+        seeds = (self.seed or 0, self._epoch, at, self.rank)
+        mix = draw_mix(self.augment, seeds, *self.work.shape[1:])
+        return Request(samples, self.seed or 0, variant, mix)
 
     def state_dict(self) -> dict[str, int]:
         """Where it stands: the epoch, and the batches of it that were given."""
@@ -101,33 +148,86 @@ class Stream:
         self._epoch, self._position = state["epoch"], state["position"]
 
 
+def ahead(items: Iterator, count: int) -> Iterator:
+    """The items, of which `count` are made beforehand in a thread, while whoever takes them works."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, items, end) for _ in range(count))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, items, end))
+            yield item
+
+
+def choose_loader(loader: str, data: ImageSet | Files, augment: Augment) -> str:
+    """The back end: the one asked for, or the fastest that can."""
+    if loader not in LOADERS:
+        raise ValueError(f"loader must be one of {', '.join(map(repr, LOADERS))}, got {loader!r}.")
+    if loader == "resident" and isinstance(data, Files):
+        raise ValueError("The resident loader needs images in memory; take loader 'dali' or 'torchvision'.")
+    if loader != "auto":
+        return loader
+    if isinstance(data, ImageSet) and not augment.color and not augment.randaugment:
+        return "resident"
+    return "dali" if available() else "torchvision"
+
+
 class Streams:
     """A data set's streams: `train`, `validation` (None unless some is held out) and `test`.
+
+    Args:
+        source: the data set.
+        validation: share of the training images that is held out.
+        seed: of the split and the orders.
+        learns: whether the held-out images are learned on, and so augmented and shuffled, or only measured.
+        options: of the streams.
 
     Attributes:
         classes: how many.
         shape: (channels, height, width) of the images.
+        broken: paths of images that could not be read, so far.
     """
 
-    def __init__(self, train: ImageSet, test: ImageSet, classes: int, validation: float, seed: int, **options: Any):
-        self._whole, self._fraction, self._seed, self._options = train, validation, seed, options
-        self.classes, self.shape = classes, tuple(train.images.shape[1:])
-        channels = train.images.float().transpose(0, 1).flatten(1)  # [channels, pixels]
-        self._mean, self._deviation = channels.mean(1), channels.std(1).clamp(min=1e-6)
-        self.test = Stream(test, self._mean, self._deviation, 256, device=options.get("device", "cpu"))
+    def __init__(self, source: Source, validation: float, seed: int, learns: bool, **options: Any):
+        self.source, self._fraction, self._learns = source, validation, learns
+        self._options = {**options, "classes": len(source.classes)}
+        self.classes, self.broken = len(source.classes), source.broken.paths
+        fixed = {name: options[name] for name in ("loader", "device", "workers")}
+        self.test = Stream(source.test, source.mean, source.deviation, 256, **fixed)
+        self.shape = self.test.work.shape
         self.resplit(seed)
 
     def resplit(self, seed: int) -> None:
         """Draw the training and validation parts anew, in new streams."""
-        kept, held = self._whole, None
-        if self._fraction:
-            kept, held = self._whole.split(self._fraction, seed)
-        self.train = self._stream(kept, seed)
-        self.validation = None if held is None else self._stream(held, seed + 1)
+        self.train, self.validation = self._parts(None, self._fraction, seed, self._learns)
 
-    def _stream(self, data: ImageSet, seed: int) -> Stream:
-        options = {**self._options, "batch_size": min(self._options["batch_size"], len(data.labels))}
-        return Stream(data, self._mean, self._deviation, seed=seed, **options)
+    def halves(self, seed: int) -> tuple[Stream, Stream]:
+        """Two random halves of the training part, of each class, as streams of their own."""
+        return self._parts(self.train.members, 0.5, seed, True)
+
+    def _parts(self, members: Tensor | None, fraction: float, seed: int, learns: bool) -> tuple[Stream, Stream | None]:
+        if not fraction:
+            return self._stream(members, seed), None
+        labels = self.source.train.labels.cpu()
+        members = torch.arange(len(labels)) if members is None else members
+        counts = labels[members].bincount(minlength=self.classes)
+        if counts.min() < 2:
+            name = self.source.classes[int(counts.argmin())]
+            raise ValueError(
+                f"To split the training images each class needs at least two, got {int(counts.min())} of {name}."
+            )
+        kept, held = split_indices(labels[members], fraction, seed)
+        return self._stream(members[kept], seed), self._stream(members[held], seed + 1, learns)
+
+    def _stream(self, members: Tensor | None, seed: int, learns: bool = True) -> Stream:
+        options, source = dict(self._options), self.source
+        count = len(source.train.labels) if members is None else len(members)
+        options["batch_size"] = min(options["batch_size"], count)
+        if not learns:
+            return Stream(
+                source.train, source.mean, source.deviation, 256, members=members,
+                **{name: options[name] for name in ("loader", "device", "workers")},
+            )  # fmt: skip
+        return Stream(source.train, source.mean, source.deviation, seed=seed, members=members, **options)
 
 
 def loaders(
@@ -136,74 +236,69 @@ def loaders(
     batch_size: int,
     validation: float = 0.0,
     seed: int = 0,
+    loader: str = "auto",
     augment: str = "none",
+    size: int | None = None,
+    variants: int | None = None,
+    learns: bool = True,
     rank: int = 0,
     world_size: int = 1,
     device: str | torch.device = "cpu",
+    workers: int | None = None,
+    download: bool = False,
     on_broken: str = "stop",
+    broken_limit: int = 100,
 ) -> Streams:
     """The streams of a data set.
 
     Args:
-        spec: "digits", or "folder:ROOT" with ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png of one size.
+        spec: "digits"; "cifar10:ROOT" and "cifar100:ROOT" as torchvision stores them; "folder:ROOT" with
+            ROOT/train/CLASS/* and ROOT/test/CLASS/* (or val); "tiny-imagenet:ROOT", the unpacked archive.
         batch_size: images a batch, of each process.
-        validation: share of the training images that is held out, in [0, 1).
-        seed: of the split and the orders.
-        augment: of the training images, "none" or "crop_flip".
+        validation: share of the training images that is held out, of each class, in [0, 1).
+        seed: of the split, the orders and the augmentation, >= 0.
+        loader: "resident": images kept once in memory, augmented as whole batches; "dali": a pipeline of NVIDIA DALI;
+            "torchvision": a DataLoader. "auto": resident where the images are small and it has the augmentations, else
+            DALI where it is installed, else torchvision.
+        augment: of the training images, "none", or as "crop_flip+cutout": see `kdfast.data.augment.Augment`.
+        size: height and width that images in files are cut and resized to; 224 unless given, but images that all have
+            one size of at most 96 pixels keep it.
+        variants: how many ways of augmenting each image recur, epoch by epoch; None: never the same twice.
+        learns: whether held-out images are learned on, and so augmented and shuffled too, or only measured.
         rank, world_size: this process, of how many.
         device: of the batches.
-        on_broken: "stop" at an image that cannot be read, or "skip" it.
+        workers: threads or processes of a stream; one a core unless given.
+        download: fetch CIFAR where it is not there.
+        on_broken: "stop" at an image that cannot be read, or "skip" it, named in a warning.
+        broken_limit: how many are skipped at most.
 
     Raises:
-        ValueError: for an unknown name, broken images, fewer than two classes; one sentence.
+        ValueError: for an unknown name, a wrong path, an empty part, broken images; one sentence.
+        ImportError: for a loader that is not installed, naming the command that installs it.
+
+    Example:
+        >>> streams = loaders("cifar100:data", batch_size=64, validation=0.2, augment="crop_flip", download=True)
+        >>> images, labels = next(iter(streams.train))
     """
     if not 0 <= validation < 1:
         raise ValueError(f"validation must be a share of the training images in [0, 1), got {validation}.")
-    if augment not in AUGMENTS:
-        raise ValueError(f"augment must be one of {', '.join(map(repr, AUGMENTS))}, got {augment!r}.")
-    kind, _, root = spec.partition(":")
-    if spec == "digits":
-        split = load_digits(100, 0)
-        train, test, classes = split.train, split.test, 10
-    elif kind == "folder" and root:
-        train, names = _read_folder(Path(root) / "train", None, on_broken)
-        test, _ = _read_folder(Path(root) / "test", names, on_broken)
-        classes = len(names)
-    else:
-        raise ValueError(f"The data must be 'digits' or 'folder:ROOT', got {spec!r}.")
-    options = {"batch_size": batch_size, "augment": augment, "rank": rank, "world_size": world_size, "device": device}
-    return Streams(train, test, classes, validation, seed, **options)
-
-
-def _read_folder(folder: Path, names: list[str] | None, on_broken: str) -> tuple[ImageSet, list[str]]:
-    from PIL import Image
-
-    if not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder with a folder of images for each class; there is none.")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if len(found) < 2:
-        raise ValueError(f"{folder} must hold a folder for each of at least two classes, got {len(found)}.")
-    if names is not None and found != names:
-        raise ValueError(
-            f"{folder} must have the {len(names)} classes of the training images, got {len(found)} others."
-        )
-    images, labels = [], []
-    for label, name in enumerate(found):
-        for path in sorted((folder / name).iterdir()):
-            try:
-                image = np.asarray(Image.open(path).convert("RGB"))
-            except OSError as error:
-                if on_broken == "skip":
-                    continue
-                raise ValueError(
-                    f"{path} cannot be read as an image ({error}); remove it, or pass over such with on_broken 'skip'."
-                ) from error
-            images.append(image)
-            labels.append(label)
-    if missing := set(range(len(found))) - set(labels):
-        raise ValueError(f"{folder / found[min(missing)]} must hold images of its class, got none that can be read.")
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise ValueError(f"The images in {folder} must be of one size, got {len(shapes)} sizes; resize them first.")
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(stacked, torch.tensor(labels)), found
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}.")
+    if variants is not None and variants < 1:
+        raise ValueError(f"variants must be at least 1, got {variants}.")
+    Augment.parse(augment)
+    if loader not in LOADERS:
+        raise ValueError(f"loader must be one of {', '.join(map(repr, LOADERS))}, got {loader!r}.")
+    in_memory = {"auto": None, "resident": True}.get(loader, False)
+    source = read_source(spec, Broken(on_broken, broken_limit), download=download, size=size, in_memory=in_memory)
+    device = torch.device(device)
+    if loader in ("auto", "resident"):  # one copy, for all streams
+        for name in ("train", "test"):
+            images = getattr(source, name)
+            if isinstance(images, ImageSet) and choose_loader(loader, images, Augment.parse(augment)) == "resident":
+                setattr(source, name, ImageSet(images.images.to(device), images.labels))
+    options = {
+        "batch_size": batch_size, "augment": augment, "loader": loader, "variants": variants, "rank": rank,
+        "world_size": world_size, "device": device, "workers": workers,
+    }  # fmt: skip
+    return Streams(source, validation, seed, learns, **options)

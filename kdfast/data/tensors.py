@@ -24,15 +24,20 @@ class ImageSet(NamedTuple):
             fraction: share of the second part, in (0, 1).
             seed: chooses which images; the same seed gives the same split on every machine.
         """
-        generator = torch.Generator().manual_seed(seed)
-        first, second = [], []
-        for label in self.labels.unique():
-            members = (self.labels == label).nonzero()[:, 0]
-            members = members[torch.randperm(len(members), generator=generator)]
-            held = min(max(round(fraction * len(members)), 1), len(members) - 1)
-            second.append(members[:held])
-            first.append(members[held:])
-        return self.take(torch.cat(first)), self.take(torch.cat(second))
+        first, second = split_indices(self.labels, fraction, seed)
+        return self.take(first), self.take(second)
+
+
+def split_indices(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Which images the two parts of `ImageSet.split` have."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = [], []
+    for members in labels.argsort(stable=True).split(labels.bincount().tolist()):
+        members = members[torch.randperm(len(members), generator=generator)]
+        held = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        second.append(members[:held])
+        first.append(members[held:])
+    return torch.cat(first), torch.cat(second)
 
 
 class TensorLoader:

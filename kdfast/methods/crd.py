@@ -189,6 +189,8 @@ class CRD(FeatureDistiller):
             weight=weight,
         )
 
+    pools_teacher = True  # of the teacher's features only the mean of the last enters
+
     def losses(self, outputs: Features, teacher_outputs: Features, targets: Any) -> dict[str, Tensor]:
         contrast = self.contrast(outputs, teacher_outputs, targets)
         return {"task": self.task_loss(outputs[0], targets[0])} | contrast

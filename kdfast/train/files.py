@@ -59,7 +59,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, about: obje
 
     tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     text = json.dumps(about)
-    content = save(tensors, {"format": kind, "about": text, "sha256": _digest(tensors, text)})
+    content = save(tensors, {"format": kind, "about": text, "sha256": digest(tensors, text)})
     return atomically(path, lambda aside: aside.write_bytes(content))
 
 
@@ -86,16 +86,17 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], object]:
             f"{path} cannot be read as a {name}: it is cut short or another program's ({error}); use another copy."
         ) from error
     text = metadata.get("about", "")
-    if metadata.get("sha256") != _digest(tensors, text):
+    if metadata.get("sha256") != digest(tensors, text):
         raise ValueError(f"{path} was changed after it was written (its checksum differs); use another copy.")
     return tensors, json.loads(text)
 
 
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def digest(tensors: dict[str, Tensor], text: str) -> str:
+    """SHA-256 of a text and of the names, types, shapes and values of tensors."""
+    sha = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        x = tensors[name]
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        x = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         if x.numel():
-            digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+            sha.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -44,6 +44,7 @@ class EpochRecord:
         validation_accuracy, validation_loss: of held-out images that train nothing; None without them.
         seconds: of the epoch, without evaluation; after an interruption of the part since.
         images_per_second: in that time.
+        waiting: share of that time in which the steps waited for their batches, of both streams.
     """
 
     epoch: int
@@ -55,6 +56,7 @@ class EpochRecord:
     validation_loss: float | None
     seconds: float
     images_per_second: float
+    waiting: float = 0.0
 
     @property
     def loss(self) -> float:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdfast.methods.base import Distiller
 from kdfast.train import distributed
 
-Batch = tuple[Tensor, Tensor]  # inputs [batch, ...], targets [batch] class indices or [batch, classes] probabilities
+# Inputs and targets, perhaps with what the teacher says of the inputs.
+Batch = (
+    tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Any]
+)  # inputs [batch, ...], targets [batch] class indices or [batch, classes] probabilities
 Batches = Iterable[Batch]  # iterated once an epoch
 
 
@@ -41,10 +45,11 @@ def accumulated_step(
     # Only what the optimizer holds: meta-parameters that are fixed here would gather gradients for nothing.
     trained = [p for held in optimizer.param_groups for p in held["params"] if p.requires_grad]
     totals: dict[str, Tensor] = {}
-    for inputs, targets in group:
+    for inputs, targets, *known in group:
         with autocast or nullcontext():
             outputs = distiller.student_outputs(inputs)
-            parts = distiller.losses(outputs, distiller.teacher_outputs(inputs), targets)
+            teacher_outputs = known[0] if known else distiller.teacher_outputs(inputs)
+            parts = distiller.losses(outputs, teacher_outputs, targets)
             loss = sum(parts.values()) / len(group)
         (loss if scaler is None else scaler.scale(loss)).backward(inputs=trained)
         for name, part in parts.items():

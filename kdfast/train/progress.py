@@ -71,7 +71,8 @@ class Watch:
         self._accuracy = "".join(f", {name} {100 * value:.2f} %" for name, value in measured.items()) or self._accuracy
         named = ", ".join(f"{name} {value:.3f}" for name, value in record.parts.items())
         self.progress.console.print(
-            f"epoch {record.epoch + 1}: {named}{self._accuracy}, {record.images_per_second:,.0f} images/s"
+            f"epoch {record.epoch + 1}: {named}{self._accuracy}, {record.images_per_second:,.0f} images/s, "
+            f"{100 * record.waiting:.2f} % of the time waiting for data"
         )
         values = {f"accuracy/{name}": value for name, value in measured.items()} | {"learning rate": record.lr}
         self._write(values, record.steps)

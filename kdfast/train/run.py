@@ -32,6 +32,7 @@ from kdfast.train.history import EpochRecord, StepRecord
 from kdfast.train.loop import step_decay, warmup_cosine
 from kdfast.train.networks import bare_name, network_of, write_student
 from kdfast.train.recipes import Recipe
+from kdfast.train.teacher_cache import TeacherCache, megabytes
 from kdfast.train.trainer import Trainer
 
 CHECKPOINT, SETTINGS, RESULTS, PROCESS = (
@@ -51,6 +52,8 @@ class Settings:
         process: file of a DistPro process to follow, None to search.
         precision, accumulate, ema, channels_last, compile, checkpoint_every: see `Trainer`.
         evaluate_every: epochs.
+        loader, size, variants, workers, download, on_broken, broken_limit: see `kdfast.data.loaders`.
+        cache_teacher: folder of the teacher's outputs, see `TeacherCache`; None to ask the teacher each time.
     """
 
     recipe: Recipe
@@ -67,7 +70,14 @@ class Settings:
     channels_last: bool = False
     compile: bool = False
     process: str | None = None
+    loader: str = "auto"
+    size: int | None = None
+    variants: int | None = None
+    workers: int | None = None
+    download: bool = False
     on_broken: str = "stop"
+    broken_limit: int = 100
+    cache_teacher: str | None = None
     evaluate_every: int = 1
     checkpoint_every: int | None = None
 
@@ -94,6 +104,7 @@ class Run:
         settings: what to train.
         folder: where its files go; it exists.
         callback, on_epoch: see `Trainer`; called in every process.
+        say: told what is worth knowing before the training begins, in the first process.
 
     Attributes:
         trainer, distiller, streams: what the settings became.
@@ -109,30 +120,27 @@ class Run:
         folder: Path,
         callback: Callable[[StepRecord], None] = lambda record: None,
         on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+        say: Callable[[str], None] = lambda text: None,
     ):
         recipe = settings.recipe
         self.settings, self.folder, self._told = settings, folder, on_epoch
         device = torch.device(settings.device)
         seed_everything(settings.seed)
-        self.streams = self._loaders(recipe.held_out)
-        halves = self._loaders(0.5) if recipe.halves else None
+        self.streams = self._loaders()
         self.distiller = self._distiller().to(device)
         process = self._followed()
         learns = recipe.meta_optimizer is not None
         searches = learns and recipe.method == "distpro"
         lengths = [math.ceil(len(self.streams.train) / settings.accumulate)] * recipe.epochs
-        if halves is not None and learns:
+        if recipe.halves and learns:
+            half = len(self.streams.halves(settings.seed)[0])
             learns_in = getattr(self.distiller, "learns_in", lambda epoch: True)
-            lengths = [len(halves.train) if learns_in(epoch) else steps for epoch, steps in enumerate(lengths)]
+            lengths = [half if learns_in(epoch) else steps for epoch, steps in enumerate(lengths)]
         self.ends = [0, *itertools.accumulate(lengths)]  # steps done before each epoch, and at the end
         self.steps = self.ends[-1]
         if process is not None:
             self.distiller.follow(process.resample(self.steps))
         optimizer = self._optimizer()
-
-        def fresh_halves(epoch: int):
-            halves.resplit(settings.seed + epoch)
-            return halves.train, halves.validation
 
         numbered = "labels" in inspect.signature(METHODS[recipe.method]).parameters
         self.trainer = Trainer(
@@ -144,7 +152,7 @@ class Run:
             validation_batches=self.streams.validation,
             meta_optimizer=self._meta_optimizer() if learns else None,
             meta=recipe.meta if learns else None,
-            halves=fresh_halves if halves is not None else None,
+            halves=(lambda epoch: self.streams.halves(settings.seed + epoch)) if recipe.halves else None,
             evaluation=self.streams.test,
             evaluate_every=settings.evaluate_every,
             precision=settings.precision,
@@ -153,6 +161,7 @@ class Run:
             channels_last=settings.channels_last,
             compile=settings.compile,
             process=Process(self.distiller.pathways) if searches else None,
+            teacher_cache=self._teacher_cache(say) if settings.cache_teacher else None,
             callback=callback,
             on_epoch=self._end_epoch,
             checkpoint=folder / CHECKPOINT,
@@ -199,19 +208,44 @@ class Run:
             write_json(self.folder / RESULTS, self.results())
         self._told(record)
 
-    def _loaders(self, validation: float) -> Streams:
+    def _loaders(self) -> Streams:
         recipe, settings = self.settings.recipe, self.settings
         return loaders(
             settings.data,
             batch_size=recipe.batch_size,
-            validation=validation,
+            validation=recipe.held_out,
             seed=settings.seed,
+            loader=settings.loader,
             augment=recipe.augment,
+            size=settings.size,
+            variants=settings.variants,
+            learns=recipe.meta_optimizer is not None,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             device=settings.device,
+            workers=settings.workers,
+            download=settings.download,
             on_broken=settings.on_broken,
+            broken_limit=settings.broken_limit,
         )
+
+    def _teacher_cache(self, say: Callable[[str], None]) -> TeacherCache:
+        settings, first = self.settings, distributed.rank() == 0
+        cache = TeacherCache(
+            Path(settings.cache_teacher), self.distiller, self.streams.train, settings.recipe.epochs, settings.precision
+        )
+        if first:
+            say(
+                f"The teacher's outputs are kept in {cache.folder}: {megabytes(cache.size)} for {cache.variants} "
+                f"variant(s) of {cache.images} images."
+            )
+            cache.open()
+            if cache.begun_anew:
+                say(cache.begun_anew)
+        distributed.gathered(None)  # the others come when it is there
+        if not first:
+            cache.join()
+        return cache
 
     def _distiller(self) -> Distiller:
         settings, recipe = self.settings, self.settings.recipe
@@ -234,7 +268,7 @@ class Run:
         if "peer" in parameters:
             given["peer"] = self._network(settings.student, settings.student_layers)
         if "labels" in parameters:
-            given["labels"] = self.streams.train.data.labels
+            given["labels"] = self.streams.train.labels
         try:
             return kind(*networks, **given)
         except TypeError as error:
@@ -291,6 +325,14 @@ class Numbered:
     def __init__(self, stream: Stream):
         self._stream = stream
         self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
+
+    @property
+    def samples(self) -> Tensor:
+        return self._stream.samples
+
+    @property
+    def variant(self) -> int:
+        return self._stream.variant
 
     def __len__(self) -> int:
         return len(self._stream)

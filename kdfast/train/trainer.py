@@ -21,6 +21,7 @@ from kdfast.train import distributed
 from kdfast.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from kdfast.train.history import EpochRecord, History, StepRecord
 from kdfast.train.loop import Batch, Batches, accumulated_step, evaluate
+from kdfast.train.teacher_cache import TeacherCache
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,6 +51,7 @@ class Trainer:
         channels_last: memory layout of the networks and the images.
         compile: compile student and teacher with `torch.compile`.
         process: where a DistPro search records its weights, before each step.
+        teacher_cache: where the teacher's outputs for `batches`, a stream of `kdfast.data`, are kept.
         callback: called after every step, to show progress or to record what the method learns.
         on_epoch: called after every epoch, before its checkpoint.
         checkpoint: file written after every epoch, by the first process.
@@ -89,6 +91,7 @@ class Trainer:
         channels_last: bool = False,
         compile: bool = False,
         process: Process | None = None,
+        teacher_cache: TeacherCache | None = None,
         callback: Callable[[StepRecord], None] | None = None,
         on_epoch: Callable[[EpochRecord], None] | None = None,
         checkpoint: Path | None = None,
@@ -113,12 +116,12 @@ class Trainer:
         self.meta_optimizer, self.halves = meta_optimizer, halves
         self.evaluation, self.evaluate_every = evaluation, evaluate_every
         self.accumulate, self.channels_last, self.process = accumulate, channels_last, process
-        self.callback, self.on_epoch = callback, on_epoch
+        self.callback, self.on_epoch, self.teacher_cache = callback, on_epoch, teacher_cache
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
         self.step = self.epoch = 0
         self.history = History()
         self._sums: dict[str, Tensor] = {}  # of the loss parts in this epoch
-        self._epoch_steps = 0
+        self._epoch_steps, self._waited = 0, 0.0
         self._validation: Iterator[Batch] | None = None
         self._halves: dict[str, Batches] = {}  # while an epoch on them runs
         self._resumed: dict[str, Any] | None = None  # a state inside an epoch, to be entered with the epoch
@@ -170,9 +173,9 @@ class Trainer:
             self._validation = _endless(validation_batches)
         if self._engine is not None and not learns:
             self._engine.forget()
-        start, images = time.perf_counter(), 0
-        for group in _groups(_undisturbed(batches), self.accumulate):
-            record = self._run_step([self._moved(batch) for batch in group], learns)
+        start, images, self._waited = time.perf_counter(), 0, 0.0
+        for group in _groups(self._prepared(batches), self.accumulate):
+            record = self._run_step(group, learns)
             images += record.images
             if self.callback is not None:
                 self.callback(record)
@@ -184,7 +187,8 @@ class Trainer:
         self._end_epoch(time.perf_counter() - start, images)
 
     def _run_step(self, group: list[Batch], learns: bool) -> StepRecord:
-        validation_batch = self._moved(next(self._validation)) if learns and self._engine.wants_validation else None
+        wanted = learns and self._engine.wants_validation
+        validation_batch = self._moved(self._next(self._validation)) if wanted else None
         self.distiller.start_step(self.step)
         if self.process is not None:
             self.process.record(self.distiller.weights(), self.distiller.weights.raw)
@@ -193,8 +197,10 @@ class Trainer:
             held["lr"] *= getattr(self.distiller, "lr_factor", 1.0)
         start = time.perf_counter()
         if learns:
+            known = [outputs[0] for _, _, *outputs in group if outputs] or None
             with self._autocast():
-                parts = self._engine.step([tuple(batch) for batch in group], validation_batch).parts
+                pairs = [(inputs, targets) for inputs, targets, *_ in group]
+                parts = self._engine.step(pairs, validation_batch, teacher_outputs=known).parts
         else:
             autocast = self._autocast()
             parts = accumulated_step(self.distiller, group, self.optimizer, autocast=autocast, scaler=self._scaler)
@@ -207,7 +213,7 @@ class Trainer:
             self.scheduler.step()
         for name, part in parts.items():
             self._sums[name] = self._sums[name] + part if name in self._sums else part.clone()
-        images = distributed.world_size() * sum(len(inputs) for inputs, _ in group)
+        images = distributed.world_size() * sum(len(inputs) for inputs, *_ in group)
         record = StepRecord(self.step, self.epoch, parts, seconds, images, learns)
         self.step += 1
         self._epoch_steps += 1
@@ -238,6 +244,7 @@ class Trainer:
             validation_loss=validation_loss,
             seconds=seconds,
             images_per_second=images / seconds,
+            waiting=self._waited / seconds,
         )
         self.history.epochs.append(record)
         self._sums, self._epoch_steps, self._halves = {}, 0, {}
@@ -252,6 +259,23 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager:
         return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch, None at the end; the time it takes is noted."""
+        start = time.perf_counter()
+        batch = next(batches, None)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def _prepared(self, batches: Batches) -> Iterator[Batch]:
+        """The batches, each with the teacher's outputs where those are cached: the stream knows it until the next."""
+        iterator = _undisturbed(batches)
+        while (batch := self._next(iterator)) is not None:
+            batch = self._moved(batch)
+            if self.teacher_cache is not None:
+                with self._autocast():
+                    batch = (*batch, self.teacher_cache.outputs(batches, batch[0]))
+            yield batch
 
     def _moved(self, batch: Batch) -> Batch:
         if self.channels_last:

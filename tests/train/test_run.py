@@ -73,7 +73,7 @@ def same_trainings(one, other):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     histories = [json.loads((folder / "results.json").read_text())["epochs"] for folder in (one, other)]
     for record in histories[0] + histories[1]:
-        del record["seconds"], record["images_per_second"]
+        del record["seconds"], record["images_per_second"], record["waiting"]
     assert histories[0] == histories[1]
     states = [load_checkpoint(folder / "checkpoint.safetensors") for folder in (one, other)]
     for name in ("optimizer", "meta_optimizer"):

@@ -89,7 +89,7 @@ def everything(trained):
     """What two trainings must agree in, bit for bit; times aside."""
     state = trained.state_dict()
     for record in state["history"]:
-        record.pop("seconds"), record.pop("images_per_second")
+        record.pop("seconds"), record.pop("images_per_second"), record.pop("waiting")
     return state
 
 

@@ -1,0 +1,169 @@
+"""What a teacher says about augmented images that come again, kept in a folder: each is asked for once.
+
+FOLDER/teacher.json   what it holds and what that depends on
+FOLDER/teacher.rows   float32, a row for each augmentation and image: the logits, and pooled features where a method
+                      needs them
+FOLDER/teacher.sums   uint64, a checksum of each row; 0 where there is none yet
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdfast.data import Stream
+from kdfast.data.files import Files
+from kdfast.methods.base import Distiller
+from kdfast.train.files import digest, write_json
+
+_PRESENT = 1 << 32  # a checksum of zero is no empty place
+
+
+class TeacherCache:
+    """The teacher's outputs by (variant of the augmentation, image).
+
+    Rows are written as they are first computed, and checked whenever they are read; one that does not match its
+    checksum is computed again. Several processes of one machine may use the folder at once.
+
+    Args:
+        folder: where it is; made if need be.
+        distiller: whose `teacher_outputs` are kept.
+        stream: of the training images.
+        epochs: of the training, at most so many variants come.
+        about: whatever else the outputs depend on, as the precision.
+
+    Attributes:
+        size: bytes of the whole cache, known before it is filled.
+        begun_anew: what was there before and why it is not used, in a sentence; None if nothing was or it is used.
+        hits, asked: images answered from the cache, and all.
+
+    Raises:
+        ValueError: where the method's teacher outputs are no logits, images are mixed, or the disk is too small.
+    """
+
+    def __init__(self, folder: Path, distiller: Distiller, stream: Stream, epochs: int, about: str = ""):
+        name = type(distiller).__name__
+        if distiller.teacher is None:
+            raise ValueError(f"{name} has no teacher whose outputs could be cached; leave out --cache-teacher.")
+        if stream.augment.mixes:
+            raise ValueError(
+                "The teacher's outputs cannot be cached where images are mixed, as no mixture comes again; leave out "
+                "--cache-teacher, or mixup and cutmix."
+            )
+        self.folder, self.distiller = Path(folder), distiller
+        self._pools = getattr(distiller, "pools_teacher", False)
+        self._device = next(distiller.parameters()).device
+        row = self._row(distiller.teacher_outputs(torch.zeros(1, *stream.work.shape, device=self._device)))
+        self._widths = [part.shape[1] for part in row]
+        random = stream.augment != type(stream.augment)()
+        self.variants = min(stream.variants or epochs, epochs) if random else 1
+        self.images, self.width = len(stream.data.labels), sum(self._widths)
+        self.size = self.variants * self.images * (4 * self.width + 8)
+        self._facts = {
+            "teacher": digest(distiller.teacher.state_dict(), type(distiller.teacher).__name__),
+            "data": _data_digest(stream),
+            "augmentation": f"{stream.augment}, seed {stream.seed}, loader {stream.loader}",
+            "precision": about,
+            "layout": f"{self.variants} variants of {self.images} images, {self._widths} numbers each",
+        }
+        self.begun_anew = None
+        self.hits = self.asked = 0
+        self._rows = self._sums = None
+
+    def open(self) -> None:
+        """Use what is there, if it is of this teacher and these data, or else begin anew: before others join."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = self._held()
+        if held != self._facts:
+            if held:
+                changed = ", ".join(name for name in self._facts if held.get(name) != self._facts[name])
+                self.begun_anew = f"The cache in {self.folder} is of other outputs ({changed} changed) and begins anew."
+            for name in ("teacher.json", "teacher.rows", "teacher.sums"):
+                (self.folder / name).unlink(missing_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < self.size:
+                raise ValueError(
+                    f"The teacher's cache takes {megabytes(self.size)}, {self.folder} has {megabytes(free)} left; ask "
+                    "for fewer variants, or name another folder."
+                )
+            for path, count in (("teacher.rows", 4 * self.width), ("teacher.sums", 8)):
+                with open(self.folder / path, "wb") as file:
+                    file.truncate(count * self.variants * self.images)
+            write_json(self.folder / "teacher.json", self._facts)
+        self.join()
+
+    def join(self) -> None:
+        """Use what another process has opened."""
+        shape = (self.variants, self.images)
+        self._rows = np.memmap(self.folder / "teacher.rows", np.float32, "r+", shape=(*shape, self.width))
+        self._sums = np.memmap(self.folder / "teacher.sums", np.uint64, "r+", shape=shape)
+
+    def _held(self) -> dict[str, str]:
+        try:
+            held = dict(json.loads((self.folder / "teacher.json").read_text(encoding="utf-8")))
+            sizes = [os.path.getsize(self.folder / f"teacher.{part}") for part in ("rows", "sums")]
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError):  # no JSON, or no dict
+            return {**self._facts, "layout": "unreadable"}
+        if held == self._facts and sum(sizes) != self.size:
+            return {**held, "layout": "files of another size"}
+        return held
+
+    def outputs(self, stream: Any, inputs: Tensor) -> Any:
+        """The teacher's outputs for the batch the stream has just given."""
+        variant, samples = stream.variant % self.variants, stream.samples.numpy()
+        rows, sums = self._rows[variant, samples], self._sums[variant, samples]
+        right = [int(held) == _PRESENT | zlib.crc32(row.data) for row, held in zip(rows, sums, strict=True)]
+        self.asked += len(samples)
+        if all(right):
+            self.hits += len(samples)
+            return self._as_outputs(torch.from_numpy(rows).to(inputs.device))
+        if any(held and not fine for held, fine in zip(sums, right, strict=True)):
+            warnings.warn(f"Rows of {self.folder} were damaged and are computed again.", stacklevel=2)
+        outputs = self.distiller.teacher_outputs(inputs)
+        rows = torch.cat(self._row(outputs), 1).float().cpu().numpy()  # [batch, width]
+        self._rows[variant, samples] = rows
+        self._sums[variant, samples] = [_PRESENT | zlib.crc32(row.data) for row in rows]
+        return self._as_outputs(torch.from_numpy(rows).to(inputs.device))
+
+    def _row(self, outputs: Any) -> list[Tensor]:
+        """The parts [batch, numbers] of what is kept: logits, and the mean of the last feature map."""
+        if isinstance(outputs, Tensor) and outputs.dim() == 2:
+            return [outputs]
+        if self._pools and isinstance(outputs, tuple) and outputs[1][-1].dim() == 4:
+            return [outputs[0], outputs[1][-1].mean((2, 3))]
+        raise ValueError(
+            f"{type(self.distiller).__name__} needs more of its teacher than logits and pooled features, which is not "
+            "cached; leave out --cache-teacher."
+        )
+
+    def _as_outputs(self, rows: Tensor) -> Any:
+        logits, *features = rows.split(self._widths, 1)
+        return (logits, [features[0][:, :, None, None]]) if features else logits
+
+
+def megabytes(size: int) -> str:
+    return f"{math.ceil(size / 1e6):,} MB"
+
+
+def _data_digest(stream: Stream) -> str:
+    """Of every pixel in memory; of images in files their names, sizes and times."""
+    data, work = stream.data, stream.work
+    text = f"{work.shape} {work.mean.flatten().tolist()} {work.deviation.flatten().tolist()}"
+    if not isinstance(data, Files):
+        return digest({"images": data.images.cpu(), "labels": data.labels.cpu()}, text)
+    sha = hashlib.sha256(text.encode())
+    for path, label in zip(data.paths, data.labels.tolist(), strict=True):
+        found = os.stat(path)
+        sha.update(f"{path} {label} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return sha.hexdigest()
