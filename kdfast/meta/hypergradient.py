@@ -211,15 +211,24 @@ def _of_pass(taken: Taken, kept: TrainPass, along: Direction, meta, tangent: str
         moved = tangents.difference(shadow, kept, along.ahead, along.behind)
         width = along.epsilon * (1 if along.behind is None else 2)
         w = [None if x is None else x * width for x in along.w]
-    forward = lambda: tangents.loss_along(shadow, kept, theta, w, moved)  # noqa: E731
+    general = lambda: tangents.loss_along(shadow, kept, theta, w, moved)  # noqa: E731
     # A recorded slope knows nothing of the head's own parameters, which a clipped gradient moves.
     if kept.slope is None or taken.clip is not None or fraction < 1:
-        d = forward()
+        d = general()
         known = d
     else:
-        d = kept.slope(tangents.as_outputs(kept, moved), taken.factor, forward)
+        d = kept.slope(tangents.as_outputs(kept, moved), taken.factor, general)
         known = tangents.slope_of(kept, moved, taken.factor)
-    h = gradient_of(d, meta)
+    try:
+        h = gradient_of(d, meta)
+    except RuntimeError as error:
+        if "twice" not in str(error):
+            raise
+        raise NotImplementedError(
+            "The meta-gradient differentiates the head's losses twice, once in the outputs and once in the "
+            f"meta-parameters, which one of their operations does not allow ({str(error).splitlines()[0]}); write its "
+            "backward with differentiable operations."
+        ) from error
     return [x / width for x in h], known / width
 
 
