@@ -20,6 +20,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from kdfast.meta import gaps
 from kdfast.meta.shadow import RandomState, Shadow
 
 Batch = tuple[Any, Any]  # inputs, targets
@@ -133,14 +134,35 @@ def loss_along(
         outputs = tree_unflatten(outputs, structure)
         teacher_outputs = tree_map(lambda x: _as(x, like) if _is_float(x) else x, kept.teacher_outputs)
         try:
-            parts = shadow.at(duals, lambda d: d.losses(outputs, teacher_outputs, kept.batch[1]))
+            with gaps.Watch():
+                parts = shadow.at(duals, lambda d: d.losses(outputs, teacher_outputs, kept.batch[1]))
+        except gaps.Gap:
+            parts = None
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"The meta-gradient takes the head's derivative in forward mode, which an operation in its losses() "
                 f"does not have ({str(error).splitlines()[0]}); give it a jvp, or use tangent='exact'."
             ) from error
-        along = forward_ad.unpack_dual(sum(parts.values())).tangent
+        along = None if parts is None else forward_ad.unpack_dual(sum(parts.values())).tangent
+    if parts is None:
+        return _loss_along_in_reverse(shadow, kept, theta, w, tangents)
     return theta[0].new_zeros(()) if along is None else along
+
+
+def _loss_along_in_reverse(shadow: Shadow, kept: TrainPass, theta, w, tangents) -> Tensor:
+    """`loss_along` by differentiating the head's gradient, the student apart."""
+    kept.head.replay()
+    like = theta[0].dtype
+    with torch.autocast(theta[0].device.type, enabled=False):
+        at = [x.detach().requires_grad_() for x in theta]
+        leaves, structure = tree_flatten(kept.outputs)
+        leaves = [_as(x.detach(), like).requires_grad_() if _is_float(x) else x for x in leaves]
+        teacher_outputs = tree_map(lambda x: _as(x, like) if _is_float(x) else x, kept.teacher_outputs)
+        outputs = tree_unflatten(leaves, structure)
+        loss = sum(shadow.at(at, lambda d: d.losses(outputs, teacher_outputs, kept.batch[1])).values())
+        moved = [(x, t) for x, t in zip([*at, *leaves], [*w, *tangents], strict=True) if t is not None]
+        gradients = torch.autograd.grad(loss, [x for x, _ in moved], create_graph=True, materialize_grads=True)
+        return sum((g * _as(t, like)).sum() for g, (_, t) in zip(gradients, moved, strict=True))
 
 
 def _dual(x: Tensor, tangent: Tensor) -> Tensor:
