@@ -199,8 +199,10 @@ def test_other_tasks(task):
     torch.testing.assert_close(sum(distiller.losses(outputs, None, labels).values()), expected)
 
 
-@pytest.mark.parametrize("commit", ["reuse", "separate"])
-@pytest.mark.parametrize("tangent", ["forward", "central"])
+@pytest.mark.parametrize(
+    ("tangent", "commit"),
+    [("forward", "reuse"), ("forward", "rehead"), ("central", "separate"), ("jvp", "reuse"), ("exact", "reuse")],
+)
 @pytest.mark.parametrize(
     "options", [{}, {"detach_targets": False}, {"meta_objective": "all", "temperature": 2.0}], ids=str
 )
