@@ -143,9 +143,6 @@ def test_mixed_targets_are_probabilities(loader):
     s = stream(loader, augment="mixup=1")
     for _, targets in s:
         assert targets.shape == (8, 4) and torch.allclose(targets.sum(1), torch.ones(8))
-        assert (
-            torch.equal(targets.argmax(1) == s.labels[s.indices], targets[range(8), s.labels[s.indices]] >= 0.5) or True
-        )
         others = s.labels[s.indices].roll(1)
         assert ((targets > 0).sum(1) == 2 - (others == s.labels[s.indices]).long()).all()
 
