@@ -199,10 +199,9 @@ class Trainer:
             parts = accumulated_step(self.distiller, group, self.optimizer, autocast=autocast, scaler=self._scaler)
         else:
             with self._autocast():
-                inputs, targets, *known = group[0]
-                options = {"teacher_outputs": known[0]} if known else {}
+                known = {"teacher_outputs": group[0][2]} if len(group[0]) > 2 else {}
                 report = self.meta_step(
-                    self.distiller, (inputs, targets), validation_batch, self.optimizer, self.meta_optimizer, **options
+                    self.distiller, group[0][:2], validation_batch, self.optimizer, self.meta_optimizer, **known
                 )
             parts = report.parts
         seconds = time.perf_counter() - start
@@ -273,10 +272,9 @@ class Trainer:
         iterator = _undisturbed(batches)
         while (batch := self._next(iterator)) is not None:
             batch = self._moved(batch)
-            if self.teacher_cache is not None:
-                with self._autocast():
-                    batch = (*batch, self.teacher_cache.outputs(batches, batch[0]))
-            yield batch
+            with self._autocast():
+                cached = () if self.teacher_cache is None else (self.teacher_cache.outputs(batches, batch[0]),)
+            yield *batch, *cached
 
     def _moved(self, batch: Batch) -> Batch:
         if self.channels_last:
