@@ -1,5 +1,6 @@
 """Images that stay in their files until a batch needs them, and what happens to those that cannot be read."""
 
+import contextlib
 import io
 import threading
 import warnings
@@ -89,21 +90,25 @@ class Files:
         raise ValueError("None of the images of this part can be read.")
 
 
-def size_of(content: bytes) -> tuple[int, int]:
+def size_of(content: bytes | Path) -> tuple[int, int]:
     """Height and width, from the head of an image file; raises OSError where that cannot be read."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as image:
+    with _opened(content) as image:
         return image.height, image.width
 
 
 def decoded(content: bytes | Path):
-    """A whole image of an RGB PIL image; raises OSError where it cannot be read."""
+    """The whole of an image file as an RGB PIL image; raises OSError where it cannot be read."""
+    with _opened(content) as image:
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(content: bytes | Path):
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            return image.convert("RGB")
+            yield image
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what its plugins raise on odd bytes
         raise OSError(str(error)) from error
 

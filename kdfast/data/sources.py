@@ -1,5 +1,6 @@
 """Data sets by name: where their images are, their classes and their statistics."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kdfast._torchvision import import_module
 from kdfast.data.digits import digit_parts, raw_digits
-from kdfast.data.files import Broken, Files, decoded
+from kdfast.data.files import Broken, Files, decoded, size_of
 from kdfast.data.tensors import ImageSet
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # torchvision's ImageFolder's
@@ -213,25 +214,17 @@ def _from_files(
 
 def _first_size(listing: Listing) -> tuple[int, int]:
     """Height and width of the first image that opens; where none does, that is found again, and told, later."""
-    from PIL import Image
-
     for path, _ in listing[:100]:
-        try:
-            with Image.open(path) as image:
-                return image.height, image.width
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):
+            return size_of(Path(path))
     return 224, 224
 
 
 def _sizes(listing: Listing, broken: Broken) -> tuple[Listing, set[tuple[int, int]]]:
-    from PIL import Image
-
     sound, sizes = [], set()
     for path, label in listing:
         try:
-            with Image.open(path) as image:
-                sizes.add(image.size)
+            sizes.add(size_of(Path(path)))
         except OSError as error:
             broken.found(path, _reason(error))
             continue

@@ -85,7 +85,8 @@ class Stream:
         self._placed = None  # where a sample is in `labels`: broken images are replaced
         if isinstance(data, Files):
             self._placed = {sample: place for place, sample in enumerate(self.members.tolist())}
-        workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        if workers is None:
+            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         members_sorted, mean, deviation = self.members.sort().values.numpy(), mean.float(), deviation.float()
         self.work = Work(
             data, members_sorted, mean[:, None, None], deviation[:, None, None], self.augment, batch_size, self.device,

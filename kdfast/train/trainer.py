@@ -272,10 +272,9 @@ class Trainer:
         iterator = _undisturbed(batches)
         while (batch := self._next(iterator)) is not None:
             batch = self._moved(batch)
-            if self.teacher_cache is not None:
-                with self._autocast():
-                    batch = (*batch, self.teacher_cache.outputs(batches, batch[0]))
-            yield batch
+            with self._autocast():
+                cached = () if self.teacher_cache is None else (self.teacher_cache.outputs(batches, batch[0]),)
+            yield *batch, *cached
 
     def _moved(self, batch: Batch) -> Batch:
         if self.channels_last:

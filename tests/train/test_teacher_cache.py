@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,10 @@ from torch import nn
 from kdfast.data import Stream
 from kdfast.methods import CRD, KD, MKD, Alone, DistPro
 from kdfast.models import CifarResNet
-from kdfast.train.run import Numbered
+from kdfast.train.checkpoint import seed_everything
+from kdfast.train.networks import write_student
+from kdfast.train.recipes import default_recipe
+from kdfast.train.run import Numbered, Run, Settings
 from kdfast.train.teacher_cache import TeacherCache
 from kdfast.train.trainer import Trainer
 from tests.data.images import pictures
@@ -151,6 +155,31 @@ def test_cut_or_edited_files_begin_anew(tmp_path):
         opened(tmp_path)
         spoil()
         assert "(layout changed)" in opened(tmp_path).begun_anew
+
+
+def test_a_training_says_the_size_and_what_changed(tmp_path):
+    """From its settings, as the command line does."""
+    seed_everything(0)
+    recipe = dataclasses.replace(default_recipe("kd").scaled(2), batch_size=100)
+    about = {"network": "resnet8(widths=(2,2,4))", "classes": 10, "shape": (1, 8, 8), "epoch": 0, "accuracy": None}
+    teacher = CifarResNet(8, (2, 2, 4), in_channels=1, classes=10)
+    file = str(write_student(tmp_path / "teacher.safetensors", teacher, about))
+    told, results = [], []
+    for seed, cache in ((0, None), (0, "cache"), (0, "cache"), (1, "cache")):
+        (folder := tmp_path / str(len(results))).mkdir()
+        settings = Settings(
+            recipe, "digits", about["network"], file, seed=seed, cache_teacher=cache and str(tmp_path / cache)
+        )
+        run = Run(settings, folder, say=told.append)
+        run.run()
+        results.append((run.trainer.student.state_dict(), run.trainer.teacher_cache))
+    for name, value in results[0][0].items():
+        assert torch.equal(value, results[1][0][name]) and torch.equal(value, results[2][0][name])
+    assert [cache.hits for _, cache in results[1:]] == [0, 2000, 0]
+    size = f"The teacher's outputs are kept in {tmp_path / 'cache'}: 1 MB for 2 variant(s) of 1000 images."
+    anew = f"The cache in {tmp_path / 'cache'} is of other outputs (augmentation changed) and begins anew."
+    assert told == [size, size, size, anew]
+    assert 0 <= run.results()["last"]["waiting"] < 1
 
 
 def test_what_cannot_be_cached_is_one_sentence(tmp_path, monkeypatch):
