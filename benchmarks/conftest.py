@@ -67,12 +67,14 @@ def steps(reporter, op: str, groups: dict) -> None:
     rows = [(name, *found) for group in groups.values() for name, found in group.items()]
     threads = rows[0][2]["threads"]
     reporter.section(f"{op}: medians of interleaved rounds, {threads} threads, torch {torch.__version__}")
-    reporter.write_line(f"{'':>18} {'ms':>8} {'/ paper':>8} {'/ plain':>8} {'x floor':>8} {'error':>9}")
+    reporter.write_line(
+        f"{'':>18} {'ms':>8} {'/ paper':>8} {'/ plain':>8} {'x floor':>8}  error (pathways, temperatures)"
+    )
     for name, median, info in rows:
-        error = "" if info["error"] is None else f"{info['error']:9.1e}"
+        errors = info["errors"] and "{:.1e} ({:.1e}, {:.1e})".format(*info["errors"])
         reporter.write_line(
             f"{name:>18} {median * 1e3:8.0f} {info['times_paper']:8.3f} {info['times_plain_kd']:8.2f} "
-            f"{info['times_floor']:8.2f} {error}"
+            f"{info['times_floor']:8.2f}  {errors or ''}"
         )
 
 
