@@ -25,11 +25,11 @@ class Vision:
 
     def __init__(self, work: Work):
         self.work = work
-        self._requests: list[Request] = []
+        self._requests: list[Request] = []  # of the epoch; the loader keeps this very list
         self._loader = DataLoader(
             _Batches(work),
             batch_size=None,  # the set gives whole batches
-            sampler=_Live(self),
+            sampler=self._requests,
             num_workers=work.workers,
             persistent_workers=work.workers > 0,
             pin_memory=work.device.type == "cuda",
@@ -37,25 +37,12 @@ class Vision:
         )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, np.ndarray]]:
-        self._requests = list(requests)
+        self._requests[:] = requests
         data = self.work.data
         for images, samples, broken in self._loader:
             for sample, reason in broken:
                 data.mark(sample, reason)
             yield images.to(self.work.device, non_blocking=True), samples.numpy()
-
-
-class _Live:
-    """A sampler of what is asked for in this epoch."""
-
-    def __init__(self, engine: Vision):
-        self._engine = engine
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._engine._requests)
-
-    def __len__(self) -> int:
-        return len(self._engine._requests)
 
 
 class _Batches(Dataset):

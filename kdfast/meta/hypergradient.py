@@ -29,12 +29,12 @@ TANGENTS = ("forward", "central", "jvp", "exact")
 RADIUS = {
     ("forward", "float64"): 1e-7,
     ("central", "float64"): 1e-6,
-    ("forward", "float32"): 3e-4,
-    ("central", "float32"): 3e-4,
+    ("forward", "float32"): 1e-4,
+    ("central", "float32"): 1e-4,
     ("forward", "tf32"): 1e-2,
     ("central", "tf32"): 1e-2,
     ("central", "float16"): 1e-2,
-    ("central", "bfloat16"): 1e-1,
+    ("central", "bfloat16"): 6e-2,
 }
 
 
@@ -211,13 +211,13 @@ def _of_pass(taken: Taken, kept: TrainPass, along: Direction, meta, tangent: str
         moved = tangents.difference(shadow, kept, along.ahead, along.behind)
         width = along.epsilon * (1 if along.behind is None else 2)
         w = [None if x is None else x * width for x in along.w]
-    forward = lambda: tangents.loss_along(shadow, kept, theta, w, moved)  # noqa: E731
+    general = lambda: tangents.loss_along(shadow, kept, theta, w, moved)  # noqa: E731
     # A recorded slope knows nothing of the head's own parameters, which a clipped gradient moves.
     if kept.slope is None or taken.clip is not None or fraction < 1:
-        d = forward()
+        d = general()
         known = d
     else:
-        d = kept.slope(tangents.as_outputs(kept, moved), taken.factor, forward)
+        d = kept.slope(tangents.as_outputs(kept, moved), taken.factor, general)
         known = tangents.slope_of(kept, moved, taken.factor)
     h = gradient_of(d, meta)
     return [x / width for x in h], known / width

@@ -7,8 +7,9 @@
 The difference is taken of the outputs, not of dL/dphi: what is rounded in f averages out over a map's elements, and
 the head's own curvature adds no error. docs/math/hypergradient.md has the curves of both.
 
-D comes in forward mode through `losses`, or from what the backward pass of the training loss has in passing, where the
-method knows how (`Distiller.losses_and_slope`).
+D comes from a second pass through `losses` and back, differentiated once more in phi, or from what the backward pass
+of the training loss has in passing, where the method knows how (`Distiller.losses_and_slope`). Not in forward mode:
+what PyTorch has there for BatchNorm it differentiates wrongly.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from kdfast.meta import gaps
 from kdfast.meta.shadow import RandomState, Shadow
 
 Batch = tuple[Any, Any]  # inputs, targets
@@ -34,7 +34,7 @@ class TrainPass:
         batch, teacher_outputs: of the head.
         outputs: the student's, detached.
         start, head: random states at the beginning of the student's forward and of the head's.
-        slope: see `Distiller.losses_and_slope`; None for forward mode.
+        slope: see `Distiller.losses_and_slope`; None where the method has none.
         gradients: dL/df of each of the outputs' tensors, by their place, once the backward pass has run.
     """
 
@@ -122,57 +122,21 @@ def loss_along(
     w: Sequence[Tensor | None],  # shaped like theta: the head's own parameters may move too
     tangents: list[Tensor | None],  # of the outputs' tensors
 ) -> Tensor:
-    """D as a function of the meta-parameters, in forward mode through the head, in the parameters' precision."""
+    """D as a function of the meta-parameters, from the head's backward pass, in the parameters' precision."""
     kept.head.replay()
     like = theta[0].dtype
-    with torch.autocast(theta[0].device.type, enabled=False), forward_ad.dual_level():
-        duals = [
-            x.detach() if t is None else forward_ad.make_dual(x.detach(), t) for x, t in zip(theta, w, strict=True)
-        ]
-        leaves, structure = tree_flatten(kept.outputs)
-        outputs = [x if t is None else _dual(_as(x, like), _as(t, like)) for x, t in zip(leaves, tangents, strict=True)]
-        outputs = tree_unflatten(outputs, structure)
-        teacher_outputs = tree_map(lambda x: _as(x, like) if _is_float(x) else x, kept.teacher_outputs)
-        try:
-            with gaps.Watch():
-                parts = shadow.at(duals, lambda d: d.losses(outputs, teacher_outputs, kept.batch[1]))
-        except gaps.Gap:
-            parts = None
-        except NotImplementedError as error:
-            raise NotImplementedError(
-                f"The meta-gradient takes the head's derivative in forward mode, which an operation in its losses() "
-                f"does not have ({str(error).splitlines()[0]}); give it a jvp, or use tangent='exact'."
-            ) from error
-        along = None if parts is None else forward_ad.unpack_dual(sum(parts.values())).tangent
-    if parts is None:
-        return _loss_along_in_reverse(shadow, kept, theta, w, tangents)
-    return theta[0].new_zeros(()) if along is None else along
-
-
-def _loss_along_in_reverse(shadow: Shadow, kept: TrainPass, theta, w, tangents) -> Tensor:
-    """`loss_along` by differentiating the head's gradient, the student apart."""
-    kept.head.replay()
-    like = theta[0].dtype
-    with torch.autocast(theta[0].device.type, enabled=False):
-        at = [x.detach().requires_grad_() for x in theta]
-        leaves, structure = tree_flatten(kept.outputs)
-        leaves = [_as(x.detach(), like).requires_grad_() if _is_float(x) else x for x in leaves]
-        teacher_outputs = tree_map(lambda x: _as(x, like) if _is_float(x) else x, kept.teacher_outputs)
-        outputs = tree_unflatten(leaves, structure)
-        loss = sum(shadow.at(at, lambda d: d.losses(outputs, teacher_outputs, kept.batch[1])).values())
-        moved = [(x, t) for x, t in zip([*at, *leaves], [*w, *tangents], strict=True) if t is not None]
-        gradients = torch.autograd.grad(loss, [x for x, _ in moved], create_graph=True, materialize_grads=True)
-        return sum((g * _as(t, like)).sum() for g, (_, t) in zip(gradients, moved, strict=True))
-
-
-def _dual(x: Tensor, tangent: Tensor) -> Tensor:
-    return forward_ad.make_dual(x, tangent.contiguous(memory_format=_layout(x)))
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
+    leaves, structure = tree_flatten(kept.outputs)
+    leaves = [x if t is None else _as(x, like).detach().requires_grad_() for x, t in zip(leaves, tangents, strict=True)]
+    values = [x.detach() if t is None else x.detach().requires_grad_() for x, t in zip(theta, w, strict=True)]
+    outputs = tree_unflatten(leaves, structure)
+    teacher_outputs = tree_map(lambda x: _as(x, like) if _is_float(x) else x, kept.teacher_outputs)
+    pairs = [(x, _as(t, like)) for x, t in zip([*leaves, *values], [*tangents, *w], strict=True) if t is not None]
+    with torch.autocast(theta[0].device.type, enabled=False), torch.enable_grad():
+        parts = shadow.at(values, lambda d: d.losses(outputs, teacher_outputs, kept.batch[1]))
+        at = [x for x, _ in pairs]
+        gradients = torch.autograd.grad(sum(parts.values()), at, create_graph=True, allow_unused=True)
+        dots = [(g * t).sum() for g, (_, t) in zip(gradients, pairs, strict=True) if g is not None]
+    return sum(dots) if dots else theta[0].new_zeros(())
 
 
 def slope_of(kept: TrainPass, tangents: list[Tensor | None], factor: float | Tensor) -> Tensor:

@@ -75,14 +75,14 @@ class Distiller(nn.Module):
     ) -> tuple[dict[str, Tensor], Callable[[Any, Any, Callable[[], Tensor]], Tensor] | None]:
         """`losses`, and the method's own way to their derivative along the outputs, None where it has none.
 
-        The meta-gradient needs that derivative as a function of the meta-parameters. It is had in forward mode through
-        `losses`, a second pass through the head; a method whose head is large may know it from what the backward pass
-        has in passing.
+        The meta-gradient needs that derivative as a function of the meta-parameters. It is had by differentiating
+        `losses` twice, in a second pass through the head; a method whose head is large may know it from what the first
+        backward pass has in passing.
 
         Returns:
-            The parts, and None or a function of (tangents, factor, forward): tangents in the structure of `outputs`;
+            The parts, and None or a function of (tangents, factor, general): tangents in the structure of `outputs`;
             what the loss was multiplied by before its backward pass; a function that takes the derivative of
-            `losses` in forward mode. It is called after the backward pass, with the meta-parameters unchanged.
+            `losses` as above. It is called after the backward pass, with the meta-parameters unchanged.
         """
         return self.losses(outputs, teacher_outputs, targets), None
 

@@ -144,7 +144,7 @@ class DistPro(FeatureDistiller):
         finally:
             self._record = None
 
-        def slope(tangents: Features, factor: float | Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        def slope(tangents: Features, factor: float | Tensor, general: Callable[[], Tensor]) -> Tensor:
             moved, _ = self.maps(tangents, teacher_outputs)
             weights = self.weights()  # [pathways]
             dots = [inner_product(record[p], moved[s]) if p in record else None for p, (s, _) in enumerate(self._ends)]
@@ -153,7 +153,7 @@ class DistPro(FeatureDistiller):
             slopes = torch.where(taken != 0, dots / taken, 0.0)  # at 0 all five normalisations have derivative 0
             self._without_pathways = True
             try:
-                rest = forward()
+                rest = general()
             finally:
                 self._without_pathways = False
             return rest + self.scale * (weights * slopes).sum()

@@ -273,25 +273,6 @@ def test_a_head_may_detach_the_outputs(tiny, double):
     assert_close(meta_gradient(distiller), exact)
 
 
-def test_an_operation_without_forward_mode_is_named(tiny):
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x * x
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 2 * ctx.saved_tensors[0] * grad
-
-    distiller = tiny.distiller("connected")
-    losses = distiller.losses
-    distiller.losses = lambda outputs, *rest: losses(outputs, *rest) | {"own": Square.apply(outputs[0]).mean()}
-    engine = MetaKD(distiller, *optimizers(distiller))
-    with pytest.raises(NotImplementedError, match=r"give it a jvp, or use tangent='exact'"):
-        engine.step(tiny.batch(), tiny.batch())
-
-
 def test_the_default_is_the_papers_to_a_percent(tiny):
     """One step's phi from the same state: the papers' central difference in their order, in fp64, and the default."""
     for head in ("pathways", "temperatures", "connected"):

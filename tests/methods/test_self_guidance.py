@@ -28,7 +28,8 @@ def norm(x, layer, training):
 def naive_pass(network, x, factors, training=True):
     """H = ReLU(factor * f(H) + shortcut(H)), block by block."""
     factors = iter(factors)
-    x = norm(F.conv2d(x, network.stem[0].weight, padding=1), network.stem[1], training).relu()
+    conv, bn, _ = network.stem
+    x = norm(F.conv2d(x, conv.weight, padding=1), bn, training).relu()
     for stage in network.stages:
         for block in stage:
             f = norm(F.conv2d(x, block.conv1.weight, None, block.conv1.stride, 1), block.bn1, training).relu()
@@ -38,7 +39,7 @@ def naive_pass(network, x, factors, training=True):
                 conv, bn = block.shortcut
                 short = norm(F.conv2d(x, conv.weight, stride=conv.stride), bn, training)
             x = (next(factors) * f + short).relu()
-    return x.mean((2, 3)) @ network.head[-1].weight.T + network.head[-1].bias
+    return x.mean((2, 3)) @ network.classifier.weight.T + network.classifier.bias
 
 
 def naive_kl(target, logits, tau):
@@ -49,10 +50,10 @@ def naive_kl(target, logits, tau):
 def double(depth=14, **options):
     torch.manual_seed(0)
     distiller = SelfGuidance(CifarResNet(depth, WIDTHS, in_channels=1, classes=4), **options).double()
-    for module in distiller.modules():
+    for module in distiller.student.modules():
         if isinstance(module, nn.BatchNorm2d):  # no scale of 1 and shift of 0, which could hide an error
-            for p in module.parameters():
-                p.data.uniform_(0.5, 1.5)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.uniform_(0.5, 1.5)
     return distiller
 
 

@@ -1,3 +1,8 @@
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -83,3 +88,17 @@ def test_scaled_keeps_proportions_and_at_least_one_epoch():
     assert (scaled.epochs, scaled.teacher_epochs, scaled.distpro_search_epochs) == (20, 40, 5)
     assert recipe.scaled(1).distpro_search_epochs == 1
     assert Recipe().scaled(Recipe().epochs) == Recipe()
+
+
+def test_two_processes_of_torchrun_make_one_comparison(tmp_path):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdfast"),
+        *("compare", "--seeds", "1", "--epochs", "2", "--methods", "kd,distpro,metadistiller", "--out", str(tmp_path)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("KD, seed 0:") == 1  # by the first of them alone
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["methods"]) == {"kd", "distpro", "metadistiller"}
+    assert Process.load(tmp_path / "process-seed0.safetensors")

@@ -1,4 +1,4 @@
-"""Heads whose meta-parameters come before what PyTorch cannot differentiate in reverse over forward mode."""
+"""Heads whose meta-parameters come before what has a hidden state between forward and backward: norms, softmaxes."""
 
 import pytest
 import torch
