@@ -13,9 +13,6 @@ from kdfast.data.engines import Request, Work, blend, cut_out
 class Resident:
     """Crop, flip, cutout, mixup, cutmix and normalisation, each a few operations on the batch.
 
-    It runs where it is asked: a batch of CIFAR takes a fraction of a millisecond, less than handing it over from
-    another thread would cost the step that runs meanwhile (docs/data.md).
-
     Raises:
         ValueError: for augmentations it does not have.
     """

@@ -1,9 +1,10 @@
 """Data sets by name as streams of batches, which can go on in the middle of an epoch."""
 
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from kdfast.data.vision import Vision
 LOADERS = ("auto", "resident", "dali", "torchvision")
 ENGINES = {"resident": Resident, "dali": Dali, "torchvision": Vision}
 AHEAD = 2  # batches that are prepared while the training takes a step
+WORTHWHILE = 0.005  # seconds a step takes at least, to hand it a resident batch from another thread
 
 
 class Stream:
@@ -111,8 +113,8 @@ class Stream:
         places = range(self._position, len(self))
         requests = [self._request(order, at, variant) for at in places]
         batches = self._engine.batches(requests)
-        if self.loader == "dali":
-            batches = ahead(batches, AHEAD)
+        if self.loader == "dali" or (self.loader == "resident" and self.device.type == "cpu"):
+            batches = ahead(batches, AHEAD, 0.0 if self.loader == "dali" else WORTHWHILE)
         for at, request, (images, samples) in zip(places, requests, batches, strict=True):
             self._epoch, self._position = epoch, at + 1
             self.indices = order[at * self.batch_size : (at + 1) * self.batch_size]
@@ -149,14 +151,21 @@ class Stream:
         self._epoch, self._position = state["epoch"], state["position"]
 
 
-def ahead(items: Iterator, count: int) -> Iterator:
-    """The items, of which `count` are made beforehand in a thread, while whoever takes them works."""
-    end = object()
+def ahead(items: Iterator, count: int, worthwhile: float = 0.0) -> Iterator:
+    """The items, of which `count` are made beforehand in a thread, while whoever takes them works.
+
+    Args:
+        worthwhile: seconds; after an item that was worked on for less, the next is made when it is asked for.
+    """
+    end, worked = object(), 0.0
+    pending: deque[Future] = deque()
     with ThreadPoolExecutor(1) as pool:
-        pending = deque(pool.submit(next, items, end) for _ in range(count))
-        while (item := pending.popleft().result()) is not end:
-            pending.append(pool.submit(next, items, end))
+        while (item := pending.popleft().result() if pending else next(items, end)) is not end:
+            while worked >= worthwhile and len(pending) < count:
+                pending.append(pool.submit(next, items, end))
+            start = time.perf_counter()
             yield item
+            worked = time.perf_counter() - start
 
 
 def choose_loader(loader: str, data: ImageSet | Files, augment: Augment) -> str:

@@ -1,5 +1,6 @@
 """Orders, splits, shares and places in the epoch: the same for every back end."""
 
+import time
 import warnings
 
 import numpy as np
@@ -164,6 +165,20 @@ def test_ahead_gives_everything_in_order_and_passes_errors_on():
     def broken():
         yield 1
         raise KeyError("two")
+
+    def slowly(count, worthwhile):
+        made = []
+        items = ahead(iter(made.append(n) or n for n in range(6)), count, worthwhile)
+        beforehand = []
+        for _ in items:
+            time.sleep(0.02)
+            beforehand.append(len(made))
+        assert made == list(range(6))
+        return beforehand
+
+    assert slowly(2, 0.0) == [3, 4, 5, 6, 6, 6]  # two are made while each is worked on
+    assert slowly(2, 0.01) == [1, 4, 5, 6, 6, 6]  # once it is known that they are worked on for long
+    assert slowly(2, 9.0) == [1, 2, 3, 4, 5, 6]
 
     items = ahead(broken(), 2)
     assert next(items) == 1
