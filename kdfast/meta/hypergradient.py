@@ -196,29 +196,32 @@ def hypergradient(
 def _of_pass(taken: Taken, kept: TrainPass, along: Direction, meta, tangent: str, fraction: float):
     """(h, D) of one training pass."""
     shadow, theta = taken.shadow, taken.theta
-    if fraction < 1:
+    factor = taken.factor
+    if fraction < 1 and tangent != "exact":
+        records = kept.slope is not None and taken.clip is None
         kept = tangents.part_of(kept, fraction)
-        if tangent == "forward":
-            kept.outputs = tangents.evaluated(shadow, kept, theta)
+        kept.outputs = tangents.evaluated(shadow, kept, theta)
+        if records:
+            kept, factor = tangents.with_slope(shadow, kept, theta), 1.0
+    elif fraction < 1:
+        kept = tangents.part_of(kept, fraction)
     if tangent == "exact":
         return _by_double_backward(shadow, kept, theta, along.w, meta)
     if tangent == "jvp":
         kept.outputs, moved = tangents.jvp(shadow, kept, theta, along.w)
         width, w = 1.0, along.w
     else:
-        if tangent == "central" and kept.outputs is None:
-            kept.outputs = tangents.evaluated(shadow, kept, theta)
         moved = tangents.difference(shadow, kept, along.ahead, along.behind)
         width = along.epsilon * (1 if along.behind is None else 2)
         w = [None if x is None else x * width for x in along.w]
     general = lambda: tangents.loss_along(shadow, kept, theta, w, moved)  # noqa: E731
     # A recorded slope knows nothing of the head's own parameters, which a clipped gradient moves.
-    if kept.slope is None or taken.clip is not None or fraction < 1:
+    if kept.slope is None or taken.clip is not None:
         d = general()
         known = d
     else:
-        d = kept.slope(tangents.as_outputs(kept, moved), taken.factor, general)
-        known = tangents.slope_of(kept, moved, taken.factor)
+        d = kept.slope(tangents.as_outputs(kept, moved), factor, general)
+        known = tangents.slope_of(kept, moved, factor)
     h = gradient_of(d, meta)
     return [x / width for x in h], known / width
 

@@ -139,6 +139,25 @@ def loss_along(
     return sum(dots) if dots else theta[0].new_zeros(())
 
 
+def with_slope(shadow: Shadow, kept: TrainPass, theta: Sequence[Tensor]) -> TrainPass:
+    """The pass once more from its outputs, the head forward and back in them, for the method's own slope."""
+    kept.head.replay()
+    leaves, structure = tree_flatten(kept.outputs)
+    leaves = [x.detach().requires_grad_() if _is_float(x) else x for x in leaves]
+    with torch.enable_grad():
+        parts, again = shadow.at(
+            [x.detach() for x in theta],
+            head_pass,
+            tree_unflatten(leaves, structure),
+            kept.batch,
+            kept.teacher_outputs,
+            kept.start,
+            shadow.devices,
+        )
+        torch.autograd.grad(sum(parts.values()), [x for x in leaves if _differentiable(x)], allow_unused=True)
+    return again
+
+
 def slope_of(kept: TrainPass, tangents: list[Tensor | None], factor: float | Tensor) -> Tensor:
     """<dL/df, f_dot>, from the backward pass, whose loss was multiplied by `factor`."""
     dots = [

@@ -193,10 +193,10 @@ def test_loss_falls_in_low_precision():
 
 @pytest.mark.slow
 def test_compiled_training_is_the_same_training():
-    plain = trainer()
-    plain.run()
-    compiled = trainer(compile=True)
-    compiled.run()  # rounded otherwise, in steps that build on each other
+    plain, compiled = trainer(), trainer(compile=True)
+    for each in (plain, compiled):
+        each.distiller.student.dropout.p = 0.0  # whose masks the compiler draws otherwise
+        each.run()  # and rounds otherwise, in steps that build on each other
     assert compiled.history.last.loss == pytest.approx(plain.history.last.loss, rel=1e-4)
     assert list(compiled.student.state_dict()) == list(plain.student.state_dict())
 
