@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -82,6 +82,7 @@ class Stream:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.loader = choose_loader(loader, data, self.augment)
         self._epoch = self._position = 0
+        self._worked = 0.0  # seconds the last batch was worked on
         self.indices = self.samples = torch.empty(0, dtype=torch.int64)
         self.variant = 0
         self._placed = None  # where a sample is in `labels`: broken images are replaced
@@ -113,8 +114,10 @@ class Stream:
         places = range(self._position, len(self))
         requests = [self._request(order, at, variant) for at in places]
         batches = self._engine.batches(requests)
-        if self.loader == "dali" or (self.loader == "resident" and self.device.type == "cpu"):
-            batches = ahead(batches, AHEAD, 0.0 if self.loader == "dali" else WORTHWHILE)
+        if self.loader == "dali":
+            batches = ahead(batches, AHEAD)
+        elif self.loader == "resident" and self.device.type == "cpu":
+            batches = ahead(batches, AHEAD, lambda: self._worked >= WORTHWHILE)
         for at, request, (images, samples) in zip(places, requests, batches, strict=True):
             self._epoch, self._position = epoch, at + 1
             self.indices = order[at * self.batch_size : (at + 1) * self.batch_size]
@@ -122,7 +125,9 @@ class Stream:
                 self.indices = torch.tensor([self._placed[sample] for sample in samples.tolist()])
             self.samples, self.variant = torch.from_numpy(samples), variant
             labels = self.labels[self.indices].to(self.device)
+            start = time.perf_counter()
             yield images, labels if request.mix is None else blend_targets(labels, self.classes, request.mix)
+            self._worked = time.perf_counter() - start
         self._epoch, self._position = epoch + 1, 0
 
     def _order(self) -> Tensor:
@@ -151,21 +156,19 @@ class Stream:
         self._epoch, self._position = state["epoch"], state["position"]
 
 
-def ahead(items: Iterator, count: int, worthwhile: float = 0.0) -> Iterator:
+def ahead(items: Iterator, count: int, wanted: Callable[[], bool] = lambda: True) -> Iterator:
     """The items, of which `count` are made beforehand in a thread, while whoever takes them works.
 
     Args:
-        worthwhile: seconds; after an item that was worked on for less, the next is made when it is asked for.
+        wanted: asked before each item is given: whether to; if not, the next is made when it is asked for.
     """
-    end, worked = object(), 0.0
+    end = object()
     pending: deque[Future] = deque()
     with ThreadPoolExecutor(1) as pool:
         while (item := pending.popleft().result() if pending else next(items, end)) is not end:
-            while worked >= worthwhile and len(pending) < count:
+            while wanted() and len(pending) < count:
                 pending.append(pool.submit(next, items, end))
-            start = time.perf_counter()
             yield item
-            worked = time.perf_counter() - start
 
 
 def choose_loader(loader: str, data: ImageSet | Files, augment: Augment) -> str:

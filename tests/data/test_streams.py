@@ -166,19 +166,18 @@ def test_ahead_gives_everything_in_order_and_passes_errors_on():
         yield 1
         raise KeyError("two")
 
-    def slowly(count, worthwhile):
-        made = []
-        items = ahead(iter(made.append(n) or n for n in range(6)), count, worthwhile)
-        beforehand = []
-        for _ in items:
+    def made(wanted):
+        numbers = []
+        counts = []
+        for n in ahead(iter(numbers.append(n) or n for n in range(6)), 2, lambda: wanted(len(counts))):
             time.sleep(0.02)
-            beforehand.append(len(made))
-        assert made == list(range(6))
-        return beforehand
+            counts.append(len(numbers))
+            assert n == len(counts) - 1
+        return counts
 
-    assert slowly(2, 0.0) == [3, 4, 5, 6, 6, 6]  # two are made while each is worked on
-    assert slowly(2, 0.01) == [1, 4, 5, 6, 6, 6]  # once it is known that they are worked on for long
-    assert slowly(2, 9.0) == [1, 2, 3, 4, 5, 6]
+    assert made(lambda step: True) == [3, 4, 5, 6, 6, 6]  # two are made while each is worked on
+    assert made(lambda step: step > 0) == [1, 4, 5, 6, 6, 6]
+    assert made(lambda step: False) == [1, 2, 3, 4, 5, 6]
 
     items = ahead(broken(), 2)
     assert next(items) == 1
