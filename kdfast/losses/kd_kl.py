@@ -205,6 +205,14 @@ def _options(*numbers) -> Options:
         return _options_once(*numbers)
 
 
+def plain_losses(students, teachers, labels, options: Options, reduction: str) -> Tensor | None:  # [exits]
+    """Several plain calls, each a graph node in C++, with the same checked options; None where a call is not plain."""
+    if _now is None or check.CHECK_VALUES:
+        return None
+    losses = [_now(s, t, labels, options, _OVER_ROWS[reduction]) for s, t in zip(students, teachers, strict=True)]
+    return None if any(loss is None for loss in losses) else torch.stack(losses)
+
+
 class KDLoss(nn.Module):
     """`kd_loss` as a module: its keyword arguments are given once.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.losses import _checks as check
+from kdfast.losses import kd_kl
 from kdfast.losses.kd_kl import DIVERGENCES, SCALES
 from kdfast.ops.kd_kl_exits import kd_kl_exits
 from kdfast.reference.kd_kl import Options
@@ -85,8 +86,9 @@ def exits_kd_loss(
     indices, probabilities = check.labels(labels, students[0])
     if probabilities is not None:
         raise TypeError("labels must be class indices [rows], got probabilities; pass each exit to kd_loss for those.")
-    for student, teacher in zip(students, teachers, strict=True):
-        check.values(student, teacher, indices, ignore_index)
+    if check.CHECK_VALUES:
+        for student, teacher in zip(students, teachers, strict=True):
+            check.values(student, teacher, indices, ignore_index)
     dtype = students[0].dtype
     for x in (*students, *teachers):
         dtype = torch.promote_types(dtype, x.dtype)
@@ -96,6 +98,12 @@ def exits_kd_loss(
         tau_s, tau_t, 0.0 if labels is None else float(alpha), float(label_smoothing), ignore_index,
         DIVERGENCES[divergence], SCALES[scale],
     )  # fmt: skip
+    if students[0].is_cpu and not any(x.requires_grad for x in teachers) and not torch.compiler.is_compiling():
+        # An exit a node in C++ is less Python than all of them in one Function.
+        losses = kd_kl.plain_losses(students, teachers, indices, options, reduction)
+        if losses is not None:
+            check.results(losses, teachers, indices, ignore_index, classes)
+            return losses
     losses = kd_kl_exits(students, teachers, indices, options, 1.0 / max(rows, 1) if reduction == "batchmean" else 1.0)
     check.results(losses, teachers, indices, ignore_index, classes)
     return losses
