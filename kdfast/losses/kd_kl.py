@@ -205,12 +205,28 @@ def _options(*numbers) -> Options:
         return _options_once(*numbers)
 
 
-def plain_losses(students, teachers, labels, options: Options, reduction: str) -> Tensor | None:  # [exits]
-    """Several plain calls, each a graph node in C++, with the same checked options; None where a call is not plain."""
-    if _now is None or check.CHECK_VALUES:
+def plain_losses(students, teachers, labels, numbers: tuple, reduction: str) -> Tensor | None:  # [exits]
+    """Several plain calls of one shape, each a graph node in C++; None where one is not plain, or something is wrong.
+
+    Args:
+        numbers: as `_options` takes them.
+    """
+    temperatures = numbers[:2]
+    if (
+        _now is None
+        or reduction not in _OVER_ROWS
+        or any(isinstance(tau, Tensor) for tau in temperatures)
+        or check.CHECK_VALUES
+        or torch.compiler.is_compiling()
+    ):
         return None
-    losses = [_now(s, t, labels, options, _OVER_ROWS[reduction]) for s, t in zip(students, teachers, strict=True)]
-    return None if any(loss is None for loss in losses) else torch.stack(losses)
+    options, losses = _options(*numbers), []
+    for student, teacher in zip(students, teachers, strict=True):
+        loss = _now(student, teacher, labels, options, _OVER_ROWS[reduction])
+        if loss is None or student.shape != students[0].shape:
+            return None
+        losses.append(loss)
+    return torch.stack(losses)
 
 
 class KDLoss(nn.Module):

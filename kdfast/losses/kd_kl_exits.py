@@ -68,6 +68,16 @@ def exits_kd_loss(
         raise ValueError(
             f"student_logits and teacher_logits must be as many, at least one, got {len(students)} and {len(teachers)}."
         )
+    # On the CPU a node in C++ an exit is less Python than all of them in one Function.
+    tau_t = student_temperature if teacher_temperature is None else teacher_temperature
+    numbers = (
+        student_temperature, tau_t, alpha, label_smoothing, ignore_index, divergence, scale, None, 1.0, None, 1.0,
+        reduction, labels is None,
+    )  # fmt: skip
+    if divergence in PLAIN and reduction in REDUCTIONS:
+        losses = kd_kl.plain_losses(students, teachers, labels, numbers, reduction)
+        if losses is not None:
+            return losses
     for student, teacher in zip(students, teachers, strict=True):
         check.logits(student, teacher)
         for name, x in (("student_logits", student), ("teacher_logits", teacher)):
@@ -98,12 +108,6 @@ def exits_kd_loss(
         tau_s, tau_t, 0.0 if labels is None else float(alpha), float(label_smoothing), ignore_index,
         DIVERGENCES[divergence], SCALES[scale],
     )  # fmt: skip
-    if students[0].is_cpu and not any(x.requires_grad for x in teachers) and not torch.compiler.is_compiling():
-        # An exit a node in C++ is less Python than all of them in one Function.
-        losses = kd_kl.plain_losses(students, teachers, indices, options, reduction)
-        if losses is not None:
-            check.results(losses, teachers, indices, ignore_index, classes)
-            return losses
     losses = kd_kl_exits(students, teachers, indices, options, 1.0 / max(rows, 1) if reduction == "batchmean" else 1.0)
     check.results(losses, teachers, indices, ignore_index, classes)
     return losses

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from kdfast.losses.pathways import pathway_distances, pathway_loss
 from kdfast.meta.process import Process, ProcessStep
@@ -248,6 +247,8 @@ class DistPro(FeatureDistiller):
             process: of this DistPro's pathways.
             inputs: a batch [batch, ...], whose features' sizes are counted with.
         """
+        from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
         mode = self.training
         self.eval()  # so that no statistics change
         students, teachers = self.maps(self.student_outputs(inputs), self.teacher_outputs(inputs))
