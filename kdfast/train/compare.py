@@ -65,7 +65,7 @@ class Recipe:
     distpro_lr: float = 0.05  # of Adam
     distpro_held_out: float = 0.2  # share of the training images on which the weights are learned, in the search
     distpro_search_epochs: int = 38
-    metadistiller_alpha: float = 0.5
+    metadistiller_alpha: float = 0.7
     metadistiller_temperature: float = 1.0
     metadistiller_every: int = 5  # epochs
     metadistiller_lr: float = 0.1  # of Adam
