@@ -37,7 +37,8 @@ class Trainer:
         epochs: passes over `batches`.
         scheduler: stepped after every *step*, not every epoch.
         validation_batches: with a meta-optimizer, what the meta-parameters learn on, a batch a step, started anew
-            whenever they end. Without one, held-out images: measured after each epoch, and told to the method.
+            whenever they end (a rolling ``meta`` needs none). Without one, held-out images: measured after each
+            epoch, and told to the method.
         meta_optimizer: of `distiller.meta_parameters()`. They learn in the epochs in which the method says so (its
             `meta_active`, where it has one); in the others the steps are ordinary.
         meta: options of `kdfast.MetaKD`, such as ``{"validation": "rolling"}`` or ``{"every": 5}``.

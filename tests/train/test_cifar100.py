@@ -58,6 +58,8 @@ def settings(method, **others):
     recipe = dataclasses.replace(default_recipe(method, "process" in others).scaled(4), batch_size=64, milestones=())
     if method == "reviewkd":  # its weight rises from 0 in the first epochs, of which this is one
         recipe = dataclasses.replace(recipe, options={**recipe.options, "warmup_epochs": 0})
+    if method == "fitnet":  # its weight of 100 multiplies every step of the hint, which swings at the recipe's 0.05
+        recipe = dataclasses.replace(recipe, lr=0.005)
     return Settings(recipe, f"folder:{ROOT}", "resnet8(widths=(4,8,16))", **others)
 
 
