@@ -153,10 +153,10 @@ def check_case(op: LawfulOp, case: Case) -> bool:
     The rule: no entry is off by more than 1e-9 (fp64 arithmetic) or 32 ulp (fp32) of the largest entry; entries stored
     in 16 bits by two ulp of their own more: a gradient made in the forward sweep is rounded again when it is scaled.
     Where a sum cancels deeper in this draw, twice PyTorch's error is right too, in the arithmetic type and not the
-    storage type; and so are four roundings of the terms (of a product of three, and of the sum it goes into), as autograd
-    on its other way may meet an exact zero: terms of the spread in a row (1 where it is not extreme), and in the sums over a
-    row (what has fewer dimensions than the first tensor: values, gradients of temperatures) those of test_extremes,
-    entropies times the square of a temperature.
+    storage type; and so are four roundings of the terms (of a product of three, and of the sum it goes into), as
+    autograd on its other way may meet an exact zero: terms of the spread in a row (1 where it is not extreme), and in
+    the sums over a row (what has fewer dimensions than the first tensor: values, gradients of temperatures) those of
+    test_extremes, entropies times the square of a temperature.
     """
     change, spread = op.extremes[case.extreme] if case.extreme else (None, 1)
     tensors, kwargs = op.make(case.shape, case.dtype, case.variant, case.seed, change)

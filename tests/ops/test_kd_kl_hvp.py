@@ -67,7 +67,8 @@ def check_backward_stable(case):
     the errors of a polynomial need not; 128 times in a sanitized build, which sums a row in one long chain);
     beside it, as in the law of random cases, 32 ulp of the largest entry (1e-9 in fp64, where the truth has errors
     too), the rounding to storage, and that of the terms where they cancel: for a temperature's sum over a row
-    entropies times a temperature's square, for a logit (of a single class, say, where all is zero) a few divided by one.
+    entropies times a temperature's square, for a logit (of a single class, say, where all is zero) a few divided by
+    one.
     """
     tensors = make(case)
     real = accumulate_dtype(case.dtype)
