@@ -39,7 +39,6 @@ IMPLEMENTATIONS = [
     "paper-eager-fp32", "plain-kd-fp32", "plain-kd-bf16", "reuse-fp32", "reuse-bf16", "rolling-fp32", "rolling-bf16",
     "jvp-fp32", "every5-fp32", "every5-bf16", "quarter-bf16", "higher", "torchopt", "betty",
 ]  # fmt: skip
-PEERS = {"higher": rivals.higher_step, "torchopt": rivals.torchopt_step}
 
 
 class Data:

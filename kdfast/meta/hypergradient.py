@@ -243,11 +243,11 @@ def train_parts(distiller, batch: Batch, teacher_outputs: Any) -> dict[str, Tens
     return distiller.losses(distiller.student_outputs(inputs), teacher_outputs, targets)
 
 
-def gradient_of(value: Tensor, parameters: Sequence[Tensor], **options) -> list[Tensor]:
+def gradient_of(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Like autograd.grad, with zeros where the value does not depend on a parameter."""
     if not value.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
-    return list(torch.autograd.grad(value, parameters, materialize_grads=True, **options))
+    return list(torch.autograd.grad(value, parameters, materialize_grads=True))
 
 
 def default_tangent(parameter: Tensor) -> str:

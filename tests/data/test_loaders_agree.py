@@ -64,6 +64,7 @@ def test_other_shapes(loader):
     floats = ImageSet(torch.rand(12, 3, 9, 11) * 255, torch.arange(12) % 4)
     for data in (grey, floats):
         expected, given = (batches(name, "crop_flip", data) for name in ("torchvision", loader))
+        # As in test_batches_are_equal: 1/deviation is multiplied by.
         torch.testing.assert_close(given[0][0], expected[0][0], rtol=0, atol=1e-6)
 
 
@@ -159,6 +160,7 @@ def test_small_images_in_files_keep_their_size(tmp_path):
         mean, deviation = streams.train.work.mean, streams.train.work.deviation
         given[loader] = [images * deviation + mean for images, _ in streams.train]
     for images, others, more in zip(*given.values(), strict=True):
+        # The same rounding, of numbers up to 255 once the normalisation is undone.
         torch.testing.assert_close(images, others, rtol=0, atol=1e-4)
         torch.testing.assert_close(images, more, rtol=0, atol=1e-4)
 

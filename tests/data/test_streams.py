@@ -220,6 +220,7 @@ def test_resident_images_are_on_the_gpu_once():
     cpu = loaders("digits", batch_size=50, validation=0.2, augment="crop_flip+cutout")
     for (images, labels), (others, _) in zip(streams.train, cpu.train, strict=True):
         assert images.is_cuda and labels.is_cuda
+        # a GPU fuses the multiplication and the addition of the normalisation
         torch.testing.assert_close(images.cpu(), others, rtol=0, atol=1e-6)
 
 

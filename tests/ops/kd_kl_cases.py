@@ -202,11 +202,9 @@ def compare(name: str, ours, truth, eager, magnitude: float, truncates: bool) ->
     """error <= 2 x eager's + a few roundings of what the number is made of, all in the largest element."""
     assert truth.isfinite().all(), f"{name}: a case must have a finite truth"
     error, bar = ((x.double() - truth).abs().max().item() for x in (ours, eager))
-    # PyTorch may be exact where we round: terms are up to the magnitude, made of probabilities up to one. In
-    # fp64 the truth is PyTorch itself, and two ways to write one formula differ by a little more.
-    accumulate = accumulate_dtype(ours.dtype)
-    rounding = torch.finfo(accumulate).eps if accumulate == torch.float32 else 1e-13
-    # A sanitized build sums a row in one long chain, not in lanes.
+    # PyTorch may be exact where we round: terms are up to the magnitude, made of probabilities up to one. In fp64 the
+    # truth is PyTorch itself, and two ways to write it differ by more. A sanitized build sums in one long chain.
+    rounding = torch.finfo(torch.float32).eps if accumulate_dtype(ours.dtype) == torch.float32 else 1e-13
     floor = rounding * ((64 if SANITIZED else 16) * magnitude + 4)
     if truncates and ours.dtype == torch.bfloat16:
         floor += magnitude * torch.finfo(torch.bfloat16).eps
