@@ -6,6 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    # Its functions have the process group as a default, taken when it is imported. PyTorch imports it in an optimizer's
+    # first step: the group would outlive destroy_process_group, and its threads meet an interpreter that has ended.
+    import torch.distributed.nn
+
 
 def count() -> int:
     """How many processes train together."""

@@ -1,5 +1,6 @@
 """Whole trainings from the command line, in processes of their own: killed, continued, several at once."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -108,6 +109,19 @@ def train_linear(rank, processes, file):
     history = Trainer(distiller, stream, optimizer, epochs=3).run()
     torch.save((distiller.student[1].weight.detach(), history.last.steps), f"{file}-{rank}-of-{processes}")
     dist.destroy_process_group()
+    if sys.platform == "linux":  # a thread left may abort the process at its end
+        until = time.monotonic() + 10
+        while any("gloo" in name for name in thread_names()):
+            assert time.monotonic() < until, f"the process group outlives its end: {thread_names()}"
+            time.sleep(0.01)
+
+
+def thread_names():
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            names.append((task / "comm").read_text().strip())
+    return names
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
