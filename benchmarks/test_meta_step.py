@@ -10,6 +10,10 @@ backwards in eager PyTorch, contiguous, its head without kdfast's ops, as is the
 floor: 7 (rolling: 6) forwards of the student alone, timed in the same run. error: of the meta-gradient against double
 backward in fp64, of all of it, of the pathways' weights, of the temperatures; central differences where the type is
 bf16. quarter's is that of a sample of the batch.
+
+Where there is an NVIDIA GPU the same table is made on it, with reuse as one CUDA graph (`graph`); its
+outside_student is the share of its time beyond the student's own two forwards and backwards and its displaced forwards,
+recorded as a graph as well.
 """
 
 import copy
@@ -23,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import meta_rivals as rivals
 from benchmarks.interleave import enter, measure
-from kdfast.meta import MetaKD, exact_hypergradient
+from kdfast.meta import MetaKD, exact_hypergradient, graphs
 from kdfast.models import create
 from kdfast.train.loop import ordinary_step
 
@@ -34,11 +38,16 @@ OURS = {  # options of MetaKD
     "jvp": {"tangent": "jvp"},
     "quarter": {"fraction": 0.25},
     "every5": {"every": 5},
+    "graph": {"cuda_graph": True},
 }
 IMPLEMENTATIONS = [
     "paper-eager-fp32", "plain-kd-fp32", "plain-kd-bf16", "reuse-fp32", "reuse-bf16", "rolling-fp32", "rolling-bf16",
     "jvp-fp32", "every5-fp32", "every5-bf16", "quarter-bf16", "higher", "torchopt", "betty",
 ]  # fmt: skip
+GRAPHS = ["graph-fp32", "graph-bf16"]
+CASES = [pytest.param("cpu", name, id=f"cpu-{name}") for name in IMPLEMENTATIONS] + [
+    pytest.param("cuda", name, id=f"cuda-{name}", marks=pytest.mark.cuda) for name in IMPLEMENTATIONS + GRAPHS
+]
 
 
 class Data:
@@ -56,13 +65,13 @@ class Data:
 class Step:
     """One implementation with a copy of the state all begin from."""
 
-    def __init__(self, name: str, distiller, train, validation, optimizer_state):
+    def __init__(self, name: str, distiller, train, validation, optimizer_state, device: str):
         method, _, dtype = name.rpartition("-")
         self.distiller = copy.deepcopy(distiller)
         if method not in ("", "paper-eager"):
             self.distiller.to(memory_format=torch.channels_last)
             train, validation = ((x.contiguous(memory_format=torch.channels_last), y) for x, y in (train, validation))
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
         self.optimizer = torch.optim.SGD(self.distiller.inner_parameters(), lr=rivals.LR, momentum=rivals.MOMENTUM)
         self.optimizer.load_state_dict(copy.deepcopy(optimizer_state))
         self.meta_optimizer = torch.optim.SGD(self.distiller.meta_parameters(), lr=0.0)
@@ -118,6 +127,27 @@ class Step:
         with self.autocast, torch.no_grad():
             self.distiller.student(self.train[0])
 
+    def _student(self):
+        """The student's passes of a step, and nothing else, as a graph."""
+        if not hasattr(self, "replay"):
+            stream = torch.cuda.Stream()
+            for _ in range(graphs.WARMUP):
+                graphs.beside(self._passes, stream)
+            self.replay = graphs.record(self._passes, stream)
+        self.replay()
+
+    def _passes(self):
+        student, ahead = self.distiller.student, 2 if self.autocast._enabled else 1
+        with self.autocast:
+            for inputs, targets in (self.train, self.validation):
+                student.zero_grad()
+                logits, features = student(inputs, features=True)
+                (cross_entropy(logits, targets) + sum(f.float().square().mean() for f in features)).backward()
+            with torch.no_grad():
+                for _ in range(ahead):
+                    student(self.train[0])
+        torch.clear_autocast_cache()
+
 
 def trained(network, data: Data, steps: int):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
@@ -129,13 +159,15 @@ def trained(network, data: Data, steps: int):
     return network
 
 
-_measured: dict[str, tuple[list[float], tuple[float, float, float] | None]] = {}
+Measured = dict[str, tuple[list[float], tuple[float, float, float] | None]]
+_measured: dict[str, Measured] = {}
 
 
-def measured() -> dict[str, tuple[list[float], tuple[float, float, float] | None]]:
+def measured(device: str) -> Measured:
     """Seconds a step and the meta-gradient's error of every implementation, all in one interleaved run."""
-    if _measured:
-        return _measured
+    if device in _measured:
+        return _measured[device]
+    results: Measured = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
@@ -150,25 +182,29 @@ def measured() -> dict[str, tuple[list[float], tuple[float, float, float] | None
         exact = truth(distiller, train, validation, optimizer.state_dict())
         names = [n for n in IMPLEMENTATIONS if n not in ("higher", "torchopt", "betty") or importlib.util.find_spec(n)]
         names += ["forward-fp32", "forward-bf16"]
-        steps = {name: Step(name, distiller, train, validation, optimizer.state_dict()) for name in names}
+        names += [*GRAPHS, "student-fp32", "student-bf16"] if device == "cuda" else []
+        distiller = distiller.to(device)
+        train, validation = (tuple(x.to(device) for x in pair) for pair in (train, validation))
+        steps = {name: Step(name, distiller, train, validation, optimizer.state_dict(), device) for name in names}
         errors = {}
         for name, step in steps.items():
             for _ in range(2 if name.startswith("rolling") else 1):
                 step.run()
-            h = None if name.startswith(("forward", "plain")) else step.meta_gradient()
-            errors[name] = None if h is None else relative(h, exact)
+            h = None if name.startswith(("forward", "plain", "student")) else step.meta_gradient()
+            errors[name] = None if h is None else relative(h.cpu(), exact)
         rounds = measure(
-            ("meta_step",),
+            ("meta_step", device),
             {name: step.run for name, step in steps.items()},
             seconds=60.0,
-            sync=False,
-            warmup=1,
+            sync=device == "cuda",
+            warmup=1 if device == "cpu" else graphs.WARMUP + 1,
         )
         for name, seconds in rounds.items():
-            _measured[name] = [t / steps[name].calls for t in seconds], errors[name]
+            results[name] = [t / steps[name].calls for t in seconds], errors[name]
     finally:
         torch.set_num_threads(threads)
-    return _measured
+    _measured[device] = results
+    return results
 
 
 def relative(h: torch.Tensor, exact: torch.Tensor) -> tuple[float, float, float]:
@@ -186,9 +222,9 @@ def truth(distiller, train, validation, state) -> torch.Tensor:
 
 
 @pytest.mark.timeout(0)  # the first of them times all
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_meta_step(benchmark, implementation):
-    found = measured()
+@pytest.mark.parametrize(("device", "implementation"), CASES)
+def test_meta_step(benchmark, device, implementation):
+    found = measured(device)
     if implementation not in found:
         pytest.skip(f"{implementation} is not installed")
     seconds, error = found[implementation]
@@ -196,8 +232,12 @@ def test_meta_step(benchmark, implementation):
     plain, forward = (statistics.median(found[f"{name}-{dtype}"][0]) for name in ("plain-kd", "forward"))
     passes = 6 if implementation.startswith("rolling") else 7
     median = statistics.median(seconds)
+    ratios = {}
+    if implementation in GRAPHS:
+        ratios["outside_student"] = 1 - statistics.median(found[f"student-{dtype}"][0]) / median
     enter(
-        benchmark, seconds, op="meta_step", case="wrn_40_2-wrn_16_2", impl=implementation, dtype=dtype, device="cpu",
+        benchmark, seconds, op="meta_step", case="wrn_40_2-wrn_16_2", impl=implementation, dtype=dtype, device=device,
         threads=THREADS, errors=error, times_plain_kd=median / plain, times_floor=median / (passes * forward),
         times_paper=statistics.median(a / b for a, b in zip(seconds, found["paper-eager-fp32"][0], strict=True)),
+        **ratios,
     )  # fmt: skip

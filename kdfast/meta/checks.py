@@ -56,6 +56,21 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
+def options(
+    commit: str, validation: str, every: int, fraction: float, radius: float | None, max_norm: float | None
+) -> None:
+    """The numbers of `MetaKD`, and what goes together."""
+    if validation == "rolling" and commit != "reuse":
+        raise ValueError(f"validation='rolling' needs commit='reuse', got {commit!r}.")
+    if every < 1:
+        raise ValueError(f"every must be a number of steps of at least 1, got {every}.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be a share of the batch in (0, 1], got {fraction}.")
+    for name, value in (("radius", radius), ("max_norm", max_norm)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}; leave it out for the default.")
+
+
 def batch(name: str, given: Any) -> None:
     if not isinstance(given, tuple | list) or len(given) != 2:
         came = f"{len(given)} items" if isinstance(given, tuple | list) else type(given).__name__

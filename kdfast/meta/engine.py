@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdfast.meta import checks, processes, tangents
+from kdfast.meta import checks, graphs, processes, tangents
 from kdfast.meta import hypergradient as hyper
 from kdfast.meta.inner import functional_step, update_slopes
-from kdfast.meta.shadow import RandomState, Shadow
+from kdfast.meta.kinks import visible
+from kdfast.meta.shadow import RandomState, Shadow, forked
 from kdfast.meta.tangents import Batch
 
 COMMITS = ("reuse", "rehead", "separate")
@@ -77,6 +78,9 @@ class MetaKD:
         radius: relative size of the displacement, > 0; by default chosen by `tangent` and precision.
         max_norm: the student's gradient is clipped to this 2-norm, as `torch.nn.utils.clip_grad_norm_` does.
         scaler: of float16 training; scales the losses here, and leaves out the student's step where it overflows.
+        cuda_graph: run whole steps as CUDA graphs (kdfast/meta/graphs.py): the same launches without the host's time
+            for them, where the network draws no random numbers. Adam needs capturable=True; a learning rate that
+            changes in every step should be a tensor on the GPU, in SGD(fused=True) or a capturable Adam.
 
     Attributes:
         skipped: how many updates of phi were, a tensor on the student's device.
@@ -107,21 +111,14 @@ class MetaKD:
         radius: float | None = None,
         max_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        cuda_graph: bool = False,
     ):
         for name, value, allowed in (
             ("tangent", tangent, hyper.TANGENTS), ("commit", commit, COMMITS), ("validation", validation, VALIDATIONS),
         ):  # fmt: skip
             if value is not None:
                 checks.choice(name, value, allowed)
-        if validation == "rolling" and commit != "reuse":
-            raise ValueError(f"validation='rolling' needs commit='reuse', got {commit!r}.")
-        if every < 1:
-            raise ValueError(f"every must be a number of steps of at least 1, got {every}.")
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction must be a share of the batch in (0, 1], got {fraction}.")
-        for name, value in (("radius", radius), ("max_norm", max_norm)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}; leave it out for the default.")
+        checks.options(commit, validation, every, fraction, radius, max_norm)
         self.distiller, self.optimizer, self.meta_optimizer = distiller, optimizer, meta_optimizer
         self._inner, self._meta = checks.parameters(distiller, optimizer, meta_optimizer)
         self.tangent, self.commit, self.validation = tangent, commit, validation
@@ -131,6 +128,10 @@ class MetaKD:
         self._devices = sorted({p.device.index for p in self._inner if p.is_cuda})
         self._steps = 0
         self._pending: hyper.Taken | None = None  # a step whose validation batch is the next training batch
+        self._graphs: graphs.Graphs | None = None
+        if cuda_graph:
+            graphs.check(self._inner[0].device, validation, scaler, optimizer, meta_optimizer)
+            self._graphs = graphs.Graphs(self._devices)
 
     @property
     def wants_validation(self) -> bool:
@@ -156,6 +157,14 @@ class MetaKD:
         batches, given = checks.train_batches(train_batch, teacher_outputs)
         if self.wants_validation:
             checks.batch("validation_batch", validation_batch)
+        if self._graphs is None:
+            report = self._whole(batches, given, validation_batch)
+        else:
+            report = self._as_graph(batches, given, validation_batch)
+        self._steps += 1
+        return report
+
+    def _whole(self, batches, given, validation_batch) -> MetaStepReport:
         self.optimizer.zero_grad(set_to_none=True)
         self.meta_optimizer.zero_grad(set_to_none=True)
         taught = [
@@ -164,14 +173,23 @@ class MetaKD:
         ]
         pairs = list(zip(batches, taught, strict=True))
         if self.validation == "rolling":
-            report = self._rolling(pairs)
-        elif not self.wants_validation:
-            report = self._ordinary(pairs)
-        elif self.commit == "reuse":
-            report = self._reuse(pairs, validation_batch)
-        else:
-            report = self._try_first(pairs, validation_batch)
-        self._steps += 1
+            return self._rolling(pairs)
+        if not self.wants_validation:
+            return self._ordinary(pairs)
+        return (self._reuse if self.commit == "reuse" else self._try_first)(pairs, validation_batch)
+
+    def _as_graph(self, batches, given, validation_batch) -> MetaStepReport:
+        def step(*arguments):
+            report = self._whole(*arguments)
+            return report, [p.grad for p in (*self._inner, *self._meta)]
+
+        learns, optimizers = self.wants_validation, (self.optimizer, self.meta_optimizer)
+        report, gradients = self._graphs.run(
+            step, learns, graphs.numbers_of(self.distiller, *optimizers), [optimizer.state for optimizer in optimizers],
+            batches, given, validation_batch if learns else None,
+        )  # fmt: skip
+        for p, g in zip((*self._inner, *self._meta), gradients, strict=True):
+            p.grad = g
         return report
 
     def forget(self) -> None:
@@ -203,12 +221,12 @@ class MetaKD:
         shadow, theta = Shadow(self.distiller, self._inner), [p.detach().clone() for p in self._inner]
         totals, passes = _Totals(), []
         for batch, taught in pairs:
-            parts, kept = tangents.train_pass(self.distiller, batch, taught, self._devices)
+            parts, kept = tangents.train_pass(self.distiller, batch, taught, self._devices, self._kinks())
             passes.append(kept)
             self._backward(parts, len(pairs))
             totals.add(parts, len(pairs))
         taken = self._update(shadow, passes, theta)
-        with torch.random.fork_rng(self._devices):
+        with forked(self._devices):
             loss, v = self._validated(shadow, self._inner, validation_batch)
             found = self._learn(taken, v)
         return totals.report(loss, found)
@@ -219,26 +237,24 @@ class MetaKD:
         shadow = theta = None
         if learns_next:
             shadow, theta = Shadow(self.distiller, self._inner), [p.detach().clone() for p in self._inner]
-        starts, all_outputs = [], []
-        for batch, _ in pairs:
-            starts.append(RandomState(self._devices))
-            all_outputs.append(self.distiller.student_outputs(batch[0]))
+        kinks = learns_next and self._kinks()
+        passed = [tangents.student_pass(self.distiller, batch[0], self._devices, kinks) for batch, _ in pairs]
         found = loss = None
         if self._pending is not None:
-            with torch.random.fork_rng(self._devices):
-                terms = zip(pairs, all_outputs, strict=True)
-                losses = [self.distiller.validation_loss(outputs, batch[1]) for (batch, _), outputs in terms]
+            with forked(self._devices):
+                terms = zip(pairs, passed, strict=True)
+                losses = [self.distiller.validation_loss(own.outputs, batch[1]) for (batch, _), own in terms]
                 loss = sum(losses) / len(losses)
                 v = self._gradient(loss, self._inner, retain_graph=True)
                 loss, found = loss.detach(), self._learn(self._pending, v)
             self._pending = None
         totals, passes = _Totals(), []
-        for (batch, taught), outputs, start in zip(pairs, all_outputs, starts, strict=True):
+        for (batch, taught), own in zip(pairs, passed, strict=True):
             if learns_next:
-                parts, kept = tangents.head_pass(self.distiller, outputs, batch, taught, start, self._devices)
+                parts, kept = tangents.head_pass(self.distiller, own, batch, taught, self._devices)
                 passes.append(kept)
             else:
-                parts = self.distiller.losses(outputs, taught, batch[1])
+                parts = self.distiller.losses(own.outputs, taught, batch[1])
             self._backward(parts, len(pairs))
             totals.add(parts, len(pairs))
         taken = self._update(shadow, passes, theta, slopes=learns_next)
@@ -253,12 +269,11 @@ class MetaKD:
         passes, all_outputs, losses = [], [], []
         for batch, taught in pairs:
             if again:
-                parts, kept = shadow.at(inner, tangents.train_pass, batch, taught, self._devices)
+                parts, kept = shadow.at(inner, tangents.train_pass, batch, taught, self._devices, self._kinks())
             else:
-                start = RandomState(self._devices)
-                outputs = self.distiller.student_outputs(batch[0])
-                all_outputs.append(outputs)
-                parts, kept = shadow.at(inner, tangents.head_pass, outputs, batch, taught, start, self._devices)
+                own = tangents.student_pass(self.distiller, batch[0], self._devices, self._kinks())
+                all_outputs.append(own.outputs)
+                parts, kept = shadow.at(inner, tangents.head_pass, own, batch, taught, self._devices)
             passes.append(kept)
             losses.append(sum(parts.values()))
         gradients = self._gradient(sum(losses) / len(losses), inner, retain_graph=not again)
@@ -270,7 +285,7 @@ class MetaKD:
         taken = hyper.Taken(shadow, passes, theta, gradients, slopes, factor, clipped)
         with torch.no_grad():
             stepped = functional_step(self.optimizer, inner, theta, gradients)
-        with torch.random.fork_rng(self._devices):
+        with forked(self._devices):
             loss, v = self._validated(shadow, [x.requires_grad_() for x in stepped], validation_batch)
             found = self._learn(taken, v)
         if again:
@@ -291,6 +306,11 @@ class MetaKD:
         loss = sum(parts.values())
         loss = loss / count if count > 1 else loss
         (loss if self.scaler is None else self.scaler.scale(loss)).backward(inputs=self._inner)
+
+    def _kinks(self) -> bool:
+        """Whether the passes of a step from which a difference is taken hold its units."""
+        tangent = self.tangent or hyper.default_tangent(self._inner[0])
+        return tangent in hyper.DIFFERENCES and visible(self.distiller)
 
     def _scale(self) -> Tensor:
         return self.scaler.scale(torch.ones((), device=self._inner[0].device))
@@ -336,7 +356,8 @@ class MetaKD:
     def _learn(self, taken: hyper.Taken, v: Sequence[Tensor | None]) -> hyper.Hypergradient:
         """The meta-step along the meta-gradient of a step that was taken."""
         tangent = self.tangent or hyper.default_tangent(self._inner[0])
-        radius = self.radius or hyper.default_radius(tangent, self._inner[0])
+        held = all(kept.sides is not None for kept in taken.passes)
+        radius = self.radius or hyper.default_radius(tangent, self._inner[0], held)
         found = hyper.hypergradient(taken, v, self._meta, tangent, radius, self.fraction)
         for p, h in zip(self._meta, found.values, strict=True):
             p.grad = h

@@ -22,19 +22,28 @@ from kdfast.meta.shadow import Shadow
 from kdfast.meta.tangents import Batch, TrainPass
 from kdfast.ops.perturb import perturb
 
-TANGENTS = ("forward", "central", "jvp", "exact")
+DIFFERENCES = ("forward", "central")
+TANGENTS = (*DIFFERENCES, "jvp", "exact")
 
 # Relative size of the displacement. Truncation grows with it, rounding falls with it; the curves are in
 # docs/math/hypergradient.md.
 RADIUS = {
     ("forward", "float64"): 1e-7,
+    ("central", "float64"): 1e-5,
+    ("forward", "float32"): 2e-4,
+    ("central", "float32"): 3e-3,
+    ("forward", "tf32"): 1e-2,
+    ("central", "tf32"): 3e-2,
+    ("central", "float16"): 3e-2,
+    ("central", "bfloat16"): 6e-2,
+}
+# Where units may switch between the two points (compiled code, kdfast/meta/kinks.py), truncation is larger.
+RADIUS_SWITCHING = RADIUS | {
     ("central", "float64"): 1e-6,
     ("forward", "float32"): 1e-4,
     ("central", "float32"): 1e-4,
-    ("forward", "tf32"): 1e-2,
     ("central", "tf32"): 1e-2,
     ("central", "float16"): 1e-2,
-    ("central", "bfloat16"): 6e-2,
 }
 
 
@@ -200,7 +209,7 @@ def _of_pass(taken: Taken, kept: TrainPass, along: Direction, meta, tangent: str
     if fraction < 1 and tangent != "exact":
         records = kept.slope is not None and taken.clip is None
         kept = tangents.part_of(kept, fraction)
-        kept.outputs = tangents.evaluated(shadow, kept, theta)
+        tangents.begin_part(shadow, kept, theta)
         if records:
             kept, factor = tangents.with_slope(shadow, kept, theta), 1.0
     elif fraction < 1:
@@ -255,8 +264,8 @@ def default_tangent(parameter: Tensor) -> str:
     return "forward" if ("forward", _precision(parameter)) in RADIUS else "central"
 
 
-def default_radius(tangent: str, parameter: Tensor) -> float:
-    """The displacement's relative size for the precision in which the student computes.
+def default_radius(tangent: str, parameter: Tensor, held: bool = True) -> float:
+    """The displacement's relative size for the precision in which the student computes, its units held or not.
 
     Raises:
         ValueError: where no size is known to be accurate.
@@ -270,7 +279,7 @@ def default_radius(tangent: str, parameter: Tensor) -> float:
             f"tangent={tangent!r} has no accurate default displacement in {precision}; use {way_out} "
             "after a look at the report's tangent_error."
         )
-    return RADIUS[tangent, precision]
+    return (RADIUS if held else RADIUS_SWITCHING)[tangent, precision]
 
 
 def _precision(parameter: Tensor) -> str:

@@ -9,16 +9,32 @@ from torch.func import functional_call
 
 
 class RandomState:
-    """The random state of the CPU and of some GPUs, as it is when this is made."""
+    """The random state of the CPU and of some GPUs, as it is when this is made; in a CUDA graph, which draws nothing
+    and may not ask, of the CPU."""
 
     def __init__(self, devices: Iterable[int]):
-        self.cpu, self.gpus = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in devices]
+        self.cpu, self.gpus = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in _readable(devices)]
+
+    def equals(self, other: "RandomState") -> bool:
+        """Whether the two are the same."""
+        pairs = zip([self.cpu, *(x for _, x in self.gpus)], [other.cpu, *(x for _, x in other.gpus)], strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
 
     def replay(self) -> None:
         """Go back to it, so that dropout drops the same units again."""
         torch.set_rng_state(self.cpu)
         for device, state in self.gpus:
             torch.cuda.set_rng_state(state, device)
+
+
+def forked(devices: Iterable[int]):
+    """A context after which the random state is what it was before."""
+    return torch.random.fork_rng(_readable(devices))
+
+
+def _readable(devices: Iterable[int]) -> list[int]:
+    devices = list(devices)
+    return [] if devices and torch.cuda.is_current_stream_capturing() else devices
 
 
 class _Halves(nn.Module):

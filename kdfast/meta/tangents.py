@@ -14,13 +14,14 @@ what PyTorch has there for BatchNorm it differentiates wrongly.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from kdfast.meta.kinks import held, recorded
 from kdfast.meta.shadow import RandomState, Shadow
 
 Batch = tuple[Any, Any]  # inputs, targets
@@ -34,6 +35,7 @@ class TrainPass:
         batch, teacher_outputs: of the head.
         outputs: the student's, detached.
         start, head: random states at the beginning of the student's forward and of the head's.
+        sides: of the student's units (kdfast/meta/kinks.py), where a difference is to be taken with these held.
         slope: see `Distiller.losses_and_slope`; None where the method has none.
         gradients: dL/df of each of the outputs' tensors, by their place, once the backward pass has run.
     """
@@ -43,13 +45,33 @@ class TrainPass:
     outputs: Any
     start: RandomState
     head: RandomState
+    sides: list[Tensor] | None = None
     slope: Callable | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
-def head_pass(distiller, outputs: Any, batch: Batch, teacher_outputs: Any, start: RandomState, devices):
-    """(the named parts of the training loss, the `TrainPass`) of outputs that are part of a graph."""
-    kept = TrainPass(batch, teacher_outputs, tree_map(_detached, outputs), start, RandomState(devices))
+class StudentPass(NamedTuple):
+    """The student's outputs, part of a graph, and what `TrainPass` keeps of where they come from."""
+
+    outputs: Any
+    start: RandomState
+    sides: list[Tensor] | None
+
+
+def student_pass(distiller, inputs: Any, devices, kinks: bool = False) -> StudentPass:
+    """The student's forward pass; with `kinks` the sides of its units are kept."""
+    start, sides = RandomState(devices), None
+    if kinks:
+        outputs, sides = recorded(distiller.student_outputs, inputs)
+    else:
+        outputs = distiller.student_outputs(inputs)
+    return StudentPass(outputs, start, sides)
+
+
+def head_pass(distiller, passed: StudentPass, batch: Batch, teacher_outputs: Any, devices):
+    """(the named parts of the training loss, the `TrainPass`)."""
+    outputs, start, sides = passed
+    kept = TrainPass(batch, teacher_outputs, tree_map(_detached, outputs), start, RandomState(devices), sides)
     leaves, structure = tree_flatten(outputs)
     # Aliases: a feature's own gradient would hold the deeper layers' part as well.
     leaves = [_observed(x, kept.gradients, i) if _differentiable(x) else x for i, x in enumerate(leaves)]
@@ -58,10 +80,11 @@ def head_pass(distiller, outputs: Any, batch: Batch, teacher_outputs: Any, start
     return parts, kept
 
 
-def train_pass(distiller, batch: Batch, teacher_outputs: Any, devices) -> tuple[dict[str, Tensor], TrainPass]:
+def train_pass(
+    distiller, batch: Batch, teacher_outputs: Any, devices, kinks: bool = False
+) -> tuple[dict[str, Tensor], TrainPass]:
     """The student's forward pass and the head's."""
-    start = RandomState(devices)
-    return head_pass(distiller, distiller.student_outputs(batch[0]), batch, teacher_outputs, start, devices)
+    return head_pass(distiller, student_pass(distiller, batch[0], devices, kinks), batch, teacher_outputs, devices)
 
 
 def _detached(x: Any) -> Any:
@@ -91,9 +114,19 @@ def difference(
 
 @torch.no_grad()
 def evaluated(shadow: Shadow, kept: TrainPass, values: Sequence[Tensor]) -> Any:
-    """The student's outputs for the pass's batch at other parameters, with the pass's own random numbers."""
+    """The student's outputs for the pass's batch at other parameters, with the pass's own random numbers, its units on
+    the pass's sides where those were kept."""
     kept.start.replay()
-    return shadow.at(values, lambda distiller: distiller.student_outputs(kept.batch[0]))
+    evaluate = lambda: shadow.at(values, lambda distiller: distiller.student_outputs(kept.batch[0]))  # noqa: E731
+    return evaluate() if kept.sides is None else held(kept.sides, evaluate)
+
+
+@torch.no_grad()
+def begin_part(shadow: Shadow, kept: TrainPass, theta: Sequence[Tensor]) -> None:
+    """Give a `part_of` a pass its own outputs at theta."""
+    kept.start.replay()
+    again = shadow.at(theta, student_pass, kept.batch[0], shadow.devices, kept.sides is not None)
+    kept.outputs, kept.sides = again.outputs, again.sides
 
 
 @torch.no_grad()
@@ -148,10 +181,9 @@ def with_slope(shadow: Shadow, kept: TrainPass, theta: Sequence[Tensor]) -> Trai
         parts, again = shadow.at(
             [x.detach() for x in theta],
             head_pass,
-            tree_unflatten(leaves, structure),
+            StudentPass(tree_unflatten(leaves, structure), kept.start, kept.sides),
             kept.batch,
             kept.teacher_outputs,
-            kept.start,
             shadow.devices,
         )
         torch.autograd.grad(sum(parts.values()), [x for x in leaves if _differentiable(x)], allow_unused=True)
@@ -180,7 +212,7 @@ def part_of(kept: TrainPass, fraction: float) -> TrainPass:
     share = max(1, round(fraction * count))
     cut = lambda x: x[:share] if isinstance(x, Tensor) and x.dim() and len(x) == count else x  # noqa: E731
     batch, teacher_outputs = (tree_map(cut, x) for x in ((inputs, targets), kept.teacher_outputs))
-    return TrainPass(batch, teacher_outputs, None, kept.start, kept.head)
+    return TrainPass(batch, teacher_outputs, None, kept.start, kept.head, kept.sides)
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -20,12 +20,12 @@ from kdfast.models import CifarResNet
 
 BATCHES, BATCH, CLASSES = 6, 64, 10
 GRIDS = {  # radii around the best, by precision and scale of the weights
-    ("float64", 1.0): (1e-8, 1e-7, 1e-6, 1e-5, 1e-4),
+    ("float64", 1.0): (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
     ("float32", 0.1): (1e-4, 3e-4, 1e-3, 3e-3),
     ("float32", 1.0): (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     ("float32", 10.0): (1e-4, 3e-4, 1e-3, 3e-3),
-    ("tf32", 1.0): (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    ("float16", 1.0): (1e-3, 3e-3, 1e-2, 3e-2),
+    ("tf32", 1.0): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    ("float16", 1.0): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     ("bfloat16", 1.0): (1e-2, 3e-2, 6e-2, 1e-1, 2e-1),
 }
 

@@ -125,6 +125,7 @@ def test_exact_hypergradient_leaves_everything_as_it_was(tiny, double):
 def test_radius_follows_the_precision():
     p = torch.zeros(1)
     assert default_radius("forward", p.double()) < default_radius("forward", p)
+    assert default_radius("central", p, held=False) < default_radius("central", p)
     with torch.autocast("cpu", torch.bfloat16):
         assert default_radius("central", p) == default_radius("central", p.bfloat16())
         with pytest.raises(
