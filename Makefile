@@ -70,7 +70,7 @@ gpu:
 	KDFAST_REQUIRE_NATIVE=1 KDFAST_CUDA=ON KDFAST_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
 	  $(PYTHON) setup.py -q build_ext --inplace
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest tests/ops tests/losses tests/test_gpu_rules.py -q \
+	$(PYTHON) -m pytest tests/ops tests/losses tests/meta/test_graphs.py tests/test_gpu_rules.py -q \
 	  --junitxml=$(OUT)/tests.xml
 	$(PYTHON) -m pytest benchmarks --benchmark-only -k cuda --benchmark-json=$(OUT)/benchmark.json
 

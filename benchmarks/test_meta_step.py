@@ -71,7 +71,8 @@ class Step:
         if method not in ("", "paper-eager"):
             self.distiller.to(memory_format=torch.channels_last)
             train, validation = ((x.contiguous(memory_format=torch.channels_last), y) for x, y in (train, validation))
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
+        self.bf16 = dtype == "bf16"
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=self.bf16)
         self.optimizer = torch.optim.SGD(self.distiller.inner_parameters(), lr=rivals.LR, momentum=rivals.MOMENTUM)
         self.optimizer.load_state_dict(copy.deepcopy(optimizer_state))
         self.meta_optimizer = torch.optim.SGD(self.distiller.meta_parameters(), lr=0.0)
@@ -137,7 +138,7 @@ class Step:
         self.replay()
 
     def _passes(self):
-        student, ahead = self.distiller.student, 2 if self.autocast._enabled else 1
+        student, ahead = self.distiller.student, 2 if self.bf16 else 1
         with self.autocast:
             for inputs, targets in (self.train, self.validation):
                 student.zero_grad()
