@@ -165,11 +165,16 @@ def loss_along(
     teacher_outputs = tree_map(lambda x: _as(x, like) if _is_float(x) else x, kept.teacher_outputs)
     pairs = [(x, _as(t, like)) for x, t in zip([*leaves, *values], [*tangents, *w], strict=True) if t is not None]
     with torch.autocast(theta[0].device.type, enabled=False), torch.enable_grad():
-        parts = shadow.at(values, lambda d: d.losses(outputs, teacher_outputs, kept.batch[1]))
+        parts = shadow.at(values, lambda d: _eager(d.losses)(outputs, teacher_outputs, kept.batch[1]))
         at = [x for x, _ in pairs]
         gradients = torch.autograd.grad(sum(parts.values()), at, create_graph=True, allow_unused=True)
         dots = [(g * t).sum() for g, (_, t) in zip(gradients, pairs, strict=True) if g is not None]
     return sum(dots) if dots else theta[0].new_zeros(())
+
+
+def _eager(function: Callable) -> Callable:
+    """A function under torch.compile as it was before, since what is compiled can be differentiated once."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
 
 
 def with_slope(shadow: Shadow, kept: TrainPass, theta: Sequence[Tensor]) -> TrainPass:
