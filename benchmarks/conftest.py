@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdfast._native import build_info
+
 
 def pytest_configure(config):
     torch.set_num_threads(1)
@@ -37,7 +39,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.clear()
     machine_info.update(
         processor=processor(), system=platform.platform(), python=platform.python_version(), torch=torch.__version__,
-        threads=torch.get_num_threads(), commit=commit(),
+        threads=torch.get_num_threads(), vector_unit=build_info.get("vector_unit"), commit=commit(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     )  # fmt: skip
 

@@ -64,14 +64,25 @@ struct Found {
   double shift;          // r - D of the weighing distribution less (k y - y_other)
 };
 
-// e^(student - shift), given 2^(y of student / tau_s).
+// total += factor e^(student - shift), given e = 2^(y of student / tau_s) and the student's logits x.
+template <int Squares, class A>
+KDFAST_INLINE void add_power(Lanes<A>& total, A factor, const Lanes<A>& e) {
+#pragma omp simd
+  for (int i = 0; i < kCount<A>; ++i) {
+    A y = e[i];
+    for (int k = 0; k < Squares; ++k) y *= y;
+    total[i] += factor * y;
+  }
+}
 template <Hard kHard, class A>
-KDFAST_INLINE Lanes<A> hard_exp(Lanes<A> e, Lanes<A> x, const Found<A>& f) {
-  if constexpr (kHard == kOwnExp) return exp2_lanes(in_units(x, f.one));
-  if (f.squares > 0) e = e * e;
-  if (f.squares > 1) e = e * e;
-  if (f.squares > 2) e = e * e;
-  return e;
+KDFAST_INLINE void add_hard_exp(Lanes<A>& total, A factor, const Lanes<A>& e, const Lanes<A>& x, const Found<A>& f) {
+  if constexpr (kHard == kOwnExp) return add(total, factor * exp2_lanes(in_units(x, f.one)));
+  switch (f.squares) {
+    case 0: return add_power<0>(total, factor, e);
+    case 1: return add_power<1>(total, factor, e);
+    case 2: return add_power<2>(total, factor, e);
+    default: return add_power<3>(total, factor, e);
+  }
 }
 
 // First sweep: e_u = 2^(y of the student), e_v = 2^(y of the teacher), their sums, and cross = sum w (k y_w - y_other), w the
@@ -90,16 +101,16 @@ KDFAST_INLINE void exponentials(const Row<T, A>& row, Found<A>& f) {
       prefetch(row.student + j), prefetch(row.teacher + j);
       __builtin_prefetch(written + j, 1, 2);
       const Lanes<A> s = load(row.student + j, count, kMasked), t = load(row.teacher + j, count, kMasked);
-      max_s = larger(s, max_s), max_t = larger(t, max_t);
+      raise(max_s, s), raise(max_t, t);
       const Lanes<A> y_u = in_units(s, u), y_v = in_units(t, v);
       const Lanes<A> e_u = exp2_lanes(y_u), e_v = exp2_lanes(y_v);
       store_lanes(row.e_u + j, e_u);
       store_lanes(row.e_v + j, e_v);
-      z_u.lanes += e_u, z_v.lanes += e_v;
-      if constexpr (kHard != kNoHard) z_1.lanes += hard_exp<kHard>(e_u, s, f);
+      add(z_u.lanes, e_u), add(z_v.lanes, e_v);
+      if constexpr (kHard != kNoHard) add_hard_exp<kHard>(z_1.lanes, A(1), e_u, s, f);
       const Lanes<A> w = Reverse ? e_u : e_v;
       const Lanes<A> ratio = Reverse ? y_u - y_v : entropy * y_v - y_u;
-      cross.lanes = w != A(0) ? cross.lanes + w * ratio : cross.lanes;  // 0 log 0 = 0
+      add_where_nonzero(cross.lanes, w, w * ratio);
     });
     z_u.flush(), z_v.flush(), cross.flush();
     if constexpr (kHard != kNoHard) z_1.flush();
@@ -115,7 +126,7 @@ KDFAST_INLINE A first_shift(const T* x, int64_t n, bool more) {
   A shift = kMasked;
   for (int64_t end = n < 64 ? n : 64; shift == kMasked && end != 0; end = end == n ? 0 : n) {
     Lanes<A> max = broadcast(kMasked);
-    over_lanes<A>(0, end, more, [&](int64_t j, auto count) KDFAST_INLINED { max = larger(load(x + j, count, kMasked), max); });
+    over_lanes<A>(0, end, more, [&](int64_t j, auto count) KDFAST_INLINED { raise(max, load(x + j, count, kMasked)); });
     shift = max_of<A>(max);
   }
   return shift;
@@ -127,21 +138,27 @@ KDFAST_INLINE bool streams(const Row<T, A>& row, const O* out) {  // scratch is 
   return row.stream && (to == ds || to == dt);
 }
 
-// Writes the gradient whose lanes j, j + 1, ... are at(j, count), less `hard` in the column `label` (-1: none).
+// Writes the gradient whose lanes j, j + 1, ... at(j, count, lanes) gives, less `hard` in the column `label` (-1: none).
 template <class O, class A, class At>
 KDFAST_INLINE void write_gradient(O* out, int64_t n, bool more, bool stream, int64_t label, A hard, const At& at) {
   int64_t begin = 0;
   if (stream) {
     for (; begin + kCount<A> <= n; begin += kCount<A>) {
-      stream_lanes(out + begin, at(begin, Whole{}));
+      Lanes<A> d;
+      at(begin, Whole{}, d);
+      stream_lanes(out + begin, d);
     }
   }
-  over_lanes<A>(begin, n, more, [&](int64_t j, auto count) KDFAST_INLINED { store(out + j, at(j, count), count); });
+  over_lanes<A>(begin, n, more, [&](int64_t j, auto count) KDFAST_INLINED {
+    Lanes<A> d;
+    at(j, count, d);
+    store(out + j, d, count);
+  });
   if (label < 0) return;
   const int64_t first = label / kCount<A> * kCount<A>;
-  A some[kCount<A>];
-  store_lanes(some, n - first < kCount<A> ? at(first, Tail{n - first, more}) : at(first, Whole{}));
-  narrow(some[label - first] - hard, &out[label]);
+  Lanes<A> d;
+  n - first < kCount<A> ? at(first, Tail{n - first, more}, d) : at(first, Whole{}, d);
+  narrow(d[label - first] - hard, &out[label]);
 }
 
 // (other - weighing) g: g_u e_u - g_v e_v, and g_1 softmax(student) less g_label at the label (-1: none).
@@ -150,12 +167,12 @@ KDFAST_INLINE void plain_gradient(const Row<T, A>& row, const Found<A>& f, O* ou
                                   double g_label) {
   const double sign = Reverse ? -g : g;
   const A by_u = static_cast<A>(sign * f.by_zu), by_v = static_cast<A>(sign * f.by_zv), by_1 = static_cast<A>(g_1);
-  write_gradient(out, row.n, row.more, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
+  write_gradient(out, row.n, row.more, streams(row, out), label, static_cast<A>(g_label),
+                 [&](int64_t j, auto count, Lanes<A>& d) KDFAST_INLINED {
     const Lanes<A> e_u = load_lanes(row.e_u + j);
-    Lanes<A> d = by_u * e_u - by_v * load_lanes(row.e_v + j);
-    if constexpr (kHard == kOwnExp) d += by_1 * hard_exp<kHard>(e_u, load(row.student + j, count, A(0)), f);
-    if constexpr (kHard == kSquares) d += by_1 * hard_exp<kHard>(e_u, e_u, f);
-    return d;
+    d = by_u * e_u - by_v * load_lanes(row.e_v + j);
+    if constexpr (kHard == kOwnExp) add_hard_exp<kHard>(d, by_1, e_u, load(row.student + j, count, A(0)), f);
+    if constexpr (kHard == kSquares) add_hard_exp<kHard>(d, by_1, e_u, e_u, f);
   });
 }
 
@@ -168,12 +185,12 @@ KDFAST_INLINE void weighing_gradient(const Row<T, A>& row, const Found<A>& f, O*
   const Unit<A> by_own = Reverse ? f.u : f.v, by_other = Reverse ? f.v : f.u;
   const A by_g = static_cast<A>(g * (Reverse ? f.by_zu : f.by_zv)), by_1 = static_cast<A>(g_1);
   const A entropy = f.entropy, moved = static_cast<A>(f.shift), ln2 = static_cast<A>(kLn2);
-  write_gradient(out, row.n, row.more, streams(row, out), label, static_cast<A>(g_label), [&](int64_t j, auto count) KDFAST_INLINED {
+  write_gradient(out, row.n, row.more, streams(row, out), label, static_cast<A>(g_label),
+                 [&](int64_t j, auto count, Lanes<A>& d) KDFAST_INLINED {
     const Lanes<A> x = load(own + j, count, A(0)), y = load(other + j, count, A(0)), e = load_lanes(e_own + j);
     const Lanes<A> r = ln2 * (entropy * in_units(x, by_own) - in_units(y, by_other)) + moved;
-    Lanes<A> d = e == A(0) ? Lanes<A>{} : by_g * e * r;
-    if constexpr (kHard != kNoHard) d += by_1 * hard_exp<kOwnExp>(e, x, f);
-    return d;
+    d = where_nonzero(e, by_g * e * r);
+    if constexpr (kHard != kNoHard) add_hard_exp<kOwnExp>(d, by_1, e, x, f);
   });
 }
 
@@ -186,9 +203,9 @@ KDFAST_INLINE double centered_dot(const A* d, const A* e, const T* x, int64_t n,
     over_lanes<A>(begin, begin + kBlock < n ? begin + kBlock : n, more, [&](int64_t j, auto count) KDFAST_INLINED {
       const Lanes<A> y = in_units(load(x + j, count, A(0)), unit);
       const Lanes<A> g = load(d + j, count, A(0)), p = load(e + j, count, A(0));
-      total.lanes = g != A(0) ? total.lanes + g * y : total.lanes;
-      mean.lanes = p != A(0) ? mean.lanes + p * y : mean.lanes;
-      sum.lanes += g, mass.lanes += p;
+      add_where_nonzero(total.lanes, g, g * y);
+      add_where_nonzero(mean.lanes, p, p * y);
+      add(sum.lanes, g), add(mass.lanes, p);
     });
     total.flush(), sum.flush(), mean.flush(), mass.flush();
   }
@@ -220,10 +237,12 @@ KDFAST_INLINE HardSums hard_target(const Row<T, A>& row, double smoothing, A shi
   for (int64_t begin = 0; begin < row.n; begin += kBlock) {
     over_lanes<A>(begin, begin + kBlock < row.n ? begin + kBlock : row.n, row.more, [&](int64_t j, auto count) KDFAST_INLINED {
       const Lanes<A> s = load(row.student + j, count, masked);
-      Lanes<A> p = s > masked ? broadcast(spread) : Lanes<A>{};
+      Lanes<A> p;
+#pragma omp simd
+      for (int64_t i = 0; i < kCount<A>; ++i) p[i] = s[i] > masked ? spread : A(0);
       if (row.target != nullptr) p += keep * load(row.target + j, count, A(0));
-      mass.lanes += p;
-      weighted.lanes = p != A(0) ? weighted.lanes + p * (s - shift) : weighted.lanes;
+      add(mass.lanes, p);
+      add_where_nonzero(weighted.lanes, p, p * (s - shift));
       if (ds != nullptr) store_lanes(ds + j, load_lanes(ds + j) - g * p);
     });
     mass.flush(), weighted.flush();
@@ -264,7 +283,7 @@ KDFAST_INLINE void spread_gradient(const Row<T, A>& row, const Found<A>& f, cons
   else plain_gradient<Reverse, kOwnExp>(row, f, row.spare, g / row.tau_s, g_softmax, label, g_label);
   hard_target<T, A>(row, o.label_smoothing, f.shift_s, row.spare, static_cast<A>(g_1));
   write_gradient(row.student_grad, row.n, row.more, row.stream, -1, A(0),
-                 [&](int64_t j, auto) KDFAST_INLINED { return load_lanes(row.spare + j); });
+                 [&](int64_t j, auto, Lanes<A>& d) KDFAST_INLINED { d = load_lanes(row.spare + j); });
 }
 
 // What few rows need is compiled once, apart from the sweeps that are compiled for every kind of row.

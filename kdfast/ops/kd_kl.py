@@ -213,8 +213,18 @@ def _backward(ctx, grad):
     *tensors, stats = ctx.saved_tensors
     needs = tuple(ctx.needs_input_grad[:4])
     rows = grad if ctx.coefficient is None else (grad * ctx.coefficient).expand(stats.shape[0])
-    grads = _unpack(KdKlBackward.apply(rows, *tensors, stats, ctx.options, needs), needs)
+    grads = _gradients(rows, tensors, stats, ctx.options, needs)
     return *_as_inputs(grads, tensors), *(None,) * 5
+
+
+def _gradients(grad, tensors, stats, options, needs) -> list[Tensor | None]:
+    """KdKlBackward's, as a graph node in C++ where the call is plain (csrc/autograd/kd_kl_gradient.cpp)."""
+    student, teacher, tau_s, tau_t, labels, target, weight = tensors
+    if _native.autograd is not None and torch.is_grad_enabled() and tau_s is None and tau_t is None and target is None:
+        found = _native.autograd.kd_kl_gradient(grad, student, teacher, labels, weight, stats, options, *needs[:2])
+        if found is not None:
+            return [*found, None, None]
+    return _unpack(KdKlBackward.apply(grad, *tensors, stats, options, needs), needs)
 
 
 def again(grad, student, teacher, labels, stats, options, coefficient):
@@ -222,12 +232,29 @@ def again(grad, student, teacher, labels, stats, options, coefficient):
     to be differentiated itself, of many cotangents, or a second time."""
     tensors = student, teacher, None, None, labels, None, None
     rows = (grad * coefficient).expand(stats.shape[0])
-    (ds,) = KdKlBackward.apply(rows, *tensors, stats, Options(*options), (True, False, False, False))
-    return ds
+    return _gradients(rows, tensors, stats, Options(*options), (True, False, False, False))[0]
+
+
+def second_order(grad, tensors, stats, options, needs, w, wanted) -> list[Tensor | None]:
+    """The gradients of (grad, student, teacher, tau_s, tau_t) of Phi = grad * <gradient, w>: linear in grad, and
+    elsewhere grad * H w.
+
+    Args:
+        needs: which of KdKlBackward's outputs there are.
+        w: their cotangents, None for the others and for zeros.
+        wanted: which of those five gradients are.
+    """
+    d_grad, options = None, Options(*options)
+    if wanted[0]:
+        unit = _row_gradient(torch.ones_like(grad), tensors, stats, options, needs, w)
+        d_grad = sum(_row_dot(g, x) for g, x in zip(unit, w, strict=True) if x is not None).to(grad.dtype)
+    product = kd_kl_hvp(*tensors[:6], _weighted(tensors[6], grad), options, direction=w, wanted=wanted[1:])
+    return [d_grad, *_as_inputs(product, tensors)]
 
 
 if _native.autograd is not None:
     _native.autograd.on_second_order(again)
+    _native.autograd.on_third_order(second_order)
 
 
 class KdKl(torch.autograd.Function):
@@ -294,19 +321,12 @@ class KdKlBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        """Of Phi = grad * <gradient, w>: linear in grad, and elsewhere grad * H w."""
         grad, *tensors, stats = ctx.saved_tensors
         w = _unpack(cotangents, ctx.needs)
         if all(x is None for x in w):
             return (None,) * 11
-        d_grad = None
-        if ctx.needs_input_grad[0]:
-            unit = _row_gradient(torch.ones_like(grad), tensors, stats, ctx.options, ctx.needs, w)
-            d_grad = sum(_row_dot(g, x) for g, x in zip(unit, w, strict=True) if x is not None).to(grad.dtype)
-        product = kd_kl_hvp(
-            *tensors[:6], _weighted(tensors[6], grad), ctx.options, direction=w, wanted=ctx.needs_input_grad[1:5]
-        )
-        return d_grad, *_as_inputs(product, tensors), *(None,) * 6
+        found = second_order(grad, tensors, stats, ctx.options, ctx.needs, w, ctx.needs_input_grad[:5])
+        return *found, *(None,) * 6
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -314,14 +334,8 @@ class KdKlBackward(torch.autograd.Function):
         grad_dot, direction = tangents[0], tangents[1:5]
         out = [0.0] * 4
         if any(x is not None for x in direction):
-            out = kd_kl_hvp(
-                *tensors[:6],
-                _weighted(tensors[6], grad),
-                ctx.options,
-                direction=direction,
-                wanted=ctx.needs,
-                inner=True,
-            )
+            weight = _weighted(tensors[6], grad)
+            out = kd_kl_hvp(*tensors[:6], weight, ctx.options, direction=direction, wanted=ctx.needs, inner=True)
         if grad_dot is not None:
             change = _row_gradient(grad_dot, tensors, stats, ctx.options, ctx.needs, inner=True)
             out = [o if g is None else g if o is None else o + g for o, g in zip(out, change, strict=True)]

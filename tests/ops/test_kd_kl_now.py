@@ -1,4 +1,4 @@
-"""The plain call's C++ node (csrc/autograd/kd_kl.cpp) against the general way in Python, bit for bit."""
+"""The C++ nodes of the plain call (csrc/autograd) against the general way in Python, bit for bit."""
 
 import gc
 import threading
@@ -191,3 +191,113 @@ def test_errors_are_those_of_the_general_way():
         kd_loss(student, teacher, indices + 7)
     with pytest.raises(ValueError, match="NaN"):
         kd_loss(student, teacher * float("nan"), indices)
+
+
+# ---------------------------------------------------------------- the gradient's node, kd_kl_gradient.cpp
+GRADIENT_OPTIONS = [
+    {},
+    {"divergence": "reverse_kl", "scale": "product", "teacher_temperature": 2.0},
+    {"divergence": "soft_ce", "reduction": "none"},
+    {"alpha": 0.3, "label_smoothing": 0.1, "ignore_index": 1, "reduction": "mean"},
+    {"weight": torch.tensor([0.0, 1.0, 2.0, 0.5, 1.5])},
+]
+
+
+def gradients(monkeypatch, student, teacher, indices, factor=1.0, nodes=True, **options):
+    """The gradients of (student, teacher), to be differentiated, by the nodes or by the general way."""
+    with monkeypatch.context() as context:
+        if not nodes:
+            context.setattr(losses, "_now", None)
+            context.setattr(_native, "autograd", None)
+        loss = kd_loss(student, teacher, indices, **options).sum() * factor
+        first = torch.autograd.grad(loss, [x for x in (student, teacher) if x.requires_grad], create_graph=True)
+    assert all((x.grad_fn.name() == "KdKlGradient") == nodes for x in first)
+    return first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", GRADIENT_OPTIONS, ids=str)
+def test_the_gradient_and_its_derivatives_have_the_same_bits(monkeypatch, options, dtype):
+    student, teacher, indices = batch(dtype=dtype, labels="alpha" in options)
+    teacher.requires_grad_()
+    if "weight" in options and dtype == torch.float64:
+        options = {"weight": options["weight"].double()}
+    w = [torch.randn(5, 7, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (1, 2)]
+    found = []
+    for nodes in (True, False):
+        first = gradients(monkeypatch, student, teacher, indices, nodes=nodes, **options)
+        keep = {"retain_graph": True}
+        found.append(
+            [
+                *first,
+                *torch.autograd.grad(first, (student, teacher), w, **keep),
+                *torch.autograd.grad(first[0], teacher, w[0], **keep),  # one direction, one product
+                *torch.autograd.grad(first[1], student, w[1].T.contiguous().T, **keep),
+            ]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == dtype and ours.abs().sum() > 0
+
+
+def test_the_student_alone_learns(monkeypatch):
+    student, teacher, indices = batch()
+    ours, theirs = (gradients(monkeypatch, student, teacher, indices, nodes=nodes) for nodes in (True, False))
+    w = torch.randn(5, 7)
+    assert torch.equal(*(torch.autograd.grad(first, student, w)[0] for first in (ours, theirs)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"divergence": "jsd"},
+        {"softcap": 3.0},
+        {"logit_scale": 0.5},
+        {"student_temperature": torch.tensor(2.0)},
+        {"labels": torch.full((5, 7), 1 / 7)},
+    ],
+    ids=str,
+)
+def test_a_gradient_that_is_not_plain_goes_the_general_way(options):
+    student, teacher, _ = batch()
+    loss = kd_loss(student, teacher.requires_grad_(), **options)
+    (first,) = torch.autograd.grad(loss, student, create_graph=True)
+    assert first.grad_fn.name() == "KdKlBackwardBackward"
+
+
+def test_what_the_gradients_node_hands_to_the_general_way(monkeypatch):
+    """A third order, many cotangents, and a derivative in the loss's own factor."""
+    student, teacher, indices = batch(dtype=torch.float64)
+    teacher.requires_grad_()
+    factor = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, 7, dtype=torch.float64)
+    many = torch.stack([w, -2 * w])
+    found = []
+    for nodes in (True, False):
+        first, _ = gradients(monkeypatch, student, teacher, indices, factor, nodes=nodes, alpha=0.3)
+        keep = {"retain_graph": True}
+        second = torch.autograd.grad(first, (student, teacher, factor), w, create_graph=True)
+        third = torch.autograd.grad([x.square().sum() for x in second], (student, teacher, factor), **keep)
+        batched = torch.autograd.grad(first, (student, teacher), many, is_grads_batched=True)
+        found.append([*second, *third, *batched])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        assert ours.abs().sum() > 0
+
+
+def test_the_gradients_node_notices_what_became_of_its_tensors(monkeypatch):
+    leaf, teacher, indices = batch()
+    student = leaf * 1.0
+    (first,) = torch.autograd.grad(kd_loss(student, teacher, indices), student, create_graph=True)
+    assert first.grad_fn.name() == "KdKlGradient"
+    student.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(first.sum(), leaf)
+    student, teacher, indices = batch()
+    (first,) = gradients(monkeypatch, student, teacher, indices)
+    torch.autograd.grad(first.sum(), student)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(first.sum(), student)
+    seen = weakref.ref(teacher)
+    del teacher
+    gc.collect()
+    assert seen() is None
