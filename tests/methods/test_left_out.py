@@ -149,7 +149,9 @@ def test_blocks_are_as_they_were_after_an_error():
     assert network.stages[0][0].forward is own
 
 
-def test_a_compiled_network_is_one_graph_for_all_draws():
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_it_is_one_graph_for_all_draws(whole):
+    """The network, or both passes as one."""
     ours = guided("resnet14")
     other = computes_all(ours)
     graphs = []
@@ -159,7 +161,10 @@ def test_a_compiled_network_is_one_graph_for_all_draws():
         return graph.forward
 
     torch._dynamo.reset()
-    ours.student.compile(backend=backend, fullgraph=True)
+    if whole:
+        ours.student_outputs = torch.compile(ours.student_outputs, backend=backend, fullgraph=True)
+    else:
+        ours.student.compile(backend=backend, fullgraph=True)
     for seed in (1, 2, 3, 4):
         (outputs, gradients, _), expected = step(ours, seed), step(other, seed)
         torch.testing.assert_close((outputs, gradients), expected[:2])
