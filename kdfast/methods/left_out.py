@@ -9,9 +9,10 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.functional import relu
 
 from kdfast.models.tapped import LayerTracer
@@ -42,7 +43,10 @@ class LeftOut:
 
     @contextmanager
     def __call__(self, network: nn.Module, branches: Sequence[str]) -> Iterator[None]:
-        """Within, the network's blocks do not run these branches; those that cannot be left out run all the same."""
+        """Within, the network's blocks do not run these branches; those that cannot be left out run all the same.
+
+        The branches' last layers must have been scaled by 0: by that each trace is checked when it first runs.
+        """
         by_block: dict[str, list[str]] = {}
         for branch in branches:
             block = self._block(network, branch)
@@ -51,17 +55,31 @@ class LeftOut:
         patched = []
         try:
             for name, branches in by_block.items():
-                run = self._run(network, name, branches)
-                if run is not None:
-                    block = network.get_submodule(name)
-                    patched.append((block, block.__dict__.get("forward")))
-                    block.forward = _forward(block.forward, *run)
+                block = network.get_submodule(name)
+                patched.append((block, block.__dict__.get("forward")))
+                block.forward = self._forward(network, name, branches)
             yield
         finally:
             for block, forward in patched:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
+
+    def _forward(self, network: nn.Module, name: str, branches: Sequence[str]) -> Callable:
+        block = network.get_submodule(name)
+        plain, like = block.forward, next(block.parameters())
+        key = (like.device, like.dtype, *branches)  # constants of the trace do not move along
+
+        def forward(*args, **kwargs):
+            if kwargs or len(args) != 1:  # what was not traced
+                return plain(*args, **kwargs)
+            if key not in self._runs:
+                found = _without(network, name, branches)
+                self._runs[key] = found if found and _same(block, plain, found, *args) else None
+            found = self._runs[key]
+            return plain(*args) if found is None else _run(found, *args)
+
+        return forward
 
     def _block(self, network: nn.Module, branch: str) -> str | None:
         """The smallest module around the branch that holds its sum too."""
@@ -73,21 +91,25 @@ class LeftOut:
             self._blocks[branch] = None if many else block
         return self._blocks[branch]
 
-    def _run(self, network: nn.Module, block: str, branches: Sequence[str]) -> tuple[nn.Module, Callable] | None:
-        like = next(network.get_submodule(block).parameters())
-        key = (like.device, like.dtype, *branches)  # constants of the trace do not move along
-        if key not in self._runs:
-            self._runs[key] = _without(network, block, branches)
-        return self._runs[key]
+
+def _run(found: tuple[nn.Module, Callable], x: Tensor) -> Any:
+    root, run = found
+    return run(root, x)
 
 
-def _forward(plain: Callable, root: nn.Module, run: Callable) -> Callable:
-    def forward(*args, **kwargs):
-        if kwargs or len(args) != 1:  # what was not traced
-            return plain(*args, **kwargs)
-        return run(root, *args)
-
-    return forward
+def _same(block: nn.Module, plain: Callable, found: tuple[nn.Module, Callable], x: Tensor) -> bool:
+    """Whether it gives what the block gives: in eval mode, in which nothing is drawn and no statistics move."""
+    modes = [(module, module.training) for module in block.modules()]
+    devices = [x.device] if x.is_cuda else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            block.eval()
+            expected, got = plain(x.clone()), _run(found, x.clone())
+    finally:
+        for module, training in modes:
+            module.training = training
+    alike = isinstance(expected, Tensor) and (expected.shape, expected.dtype) == (got.shape, got.dtype)
+    return alike and torch.allclose(got, expected, equal_nan=True)
 
 
 def _without(network: nn.Module, block: str, branches: Sequence[str]) -> tuple[nn.Module, Callable] | None:
