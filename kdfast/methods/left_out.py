@@ -40,6 +40,7 @@ class LeftOut:
         self.branches = tuple(branches)
         self._blocks: dict[str, str | None] = {}  # of each branch its block, None where it cannot be left out
         self._runs: dict[tuple, tuple[nn.Module, Callable] | None] = {}  # what was traced and what runs it
+        self._checked: set[tuple] = set()
 
     @contextmanager
     def __call__(self, network: nn.Module, branches: Sequence[str]) -> Iterator[None]:
@@ -52,15 +53,15 @@ class LeftOut:
             block = self._block(network, branch)
             if block is not None:
                 by_block.setdefault(block, []).append(branch)
-        patched = []
+        # all are traced as they are before any of them is changed
+        forwards = [(network.get_submodule(name), self._forward(network, name, out)) for name, out in by_block.items()]
+        before = [(block, block.__dict__.get("forward")) for block, _ in forwards]
         try:
-            for name, branches in by_block.items():
-                block = network.get_submodule(name)
-                patched.append((block, block.__dict__.get("forward")))
-                block.forward = self._forward(network, name, branches)
+            for block, forward in forwards:
+                block.forward = forward
             yield
         finally:
-            for block, forward in patched:
+            for block, forward in before:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
@@ -69,15 +70,19 @@ class LeftOut:
         block = network.get_submodule(name)
         plain, like = block.forward, next(block.parameters())
         key = (like.device, like.dtype, *branches)  # constants of the trace do not move along
+        if key not in self._runs:
+            self._runs[key] = _without(network, name, branches)
 
         def forward(*args, **kwargs):
-            if kwargs or len(args) != 1:  # what was not traced
-                return plain(*args, **kwargs)
-            if key not in self._runs:
-                found = _without(network, name, branches)
-                self._runs[key] = found if found and _same(block, plain, found, *args) else None
             found = self._runs[key]
-            return plain(*args) if found is None else _run(found, *args)
+            if found is None or kwargs or len(args) != 1:  # only the first argument was traced
+                return plain(*args, **kwargs)
+            if key not in self._checked:
+                self._checked.add(key)
+                if not _same(block, plain, found, *args):
+                    self._runs[key] = None
+                    return plain(*args)
+            return _run(found, *args)
 
         return forward
 
