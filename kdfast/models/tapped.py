@@ -100,7 +100,7 @@ class Tapped(nn.Module):
                 if isinstance(found, str):
                     raise ValueError(found)
             pairs = zip(self._train_cuts, self._eval_cuts, strict=True)
-            parts = [TappedPart(self, *pair).train(self.model.training) for pair in pairs]
+            parts = [TappedPart(self, *pair, training=self.model.training) for pair in pairs]
             check_apart(parts, [*(f"the part that ends in {layer!r}" for layer in self.layers), "the head"])
             self._handed_out = tuple(parts)
         *stages, head = self._handed_out

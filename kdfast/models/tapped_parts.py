@@ -42,14 +42,14 @@ class TappedPart(nn.Module):
     It runs what was traced in train mode where it is in train mode, else what was traced in eval mode.
     """
 
-    def __init__(self, network: nn.Module, train_cut: Cut, eval_cut: Cut):
+    def __init__(self, network: nn.Module, train_cut: Cut, eval_cut: Cut, training: bool):
         super().__init__()
+        self.training = training  # of itself alone: what it holds may be in modes of its own
         self._train_run, self._eval_run = train_cut.run, eval_cut.run
         for name in sorted({*train_cut.modules, *eval_cut.modules}):  # a module before those inside it
             self._hold(name, network.get_submodule(name))
         tensors = sorted({*train_cut.tensors, *eval_cut.tensors})
         self._own = tuple(name for name in tensors if self._hold(name, _attribute(network, name)))
-        self.train(network.training)
 
     def forward(self, x: Tensor) -> Any:  # as the tap before it, [batch, channels, height, width] or [batch, ...]
         return (self._train_run if self.training else self._eval_run)(self, x)

@@ -93,6 +93,17 @@ def test_parts_follow_mode_and_dtype_and_copies_are_of_the_copy(kind):
     torch.testing.assert_close(run(stages, head, images)[0], got, rtol=0, atol=0)  # as before those were changed
 
 
+def test_modes_inside_of_the_network_stay():
+    network = tapped("timm resnet")
+    network.model.bn1.eval()
+    modes = [module.training for module in network.modules()]
+    (stem, *_), _ = network.parts()
+    assert [module.training for module in network.modules()] == modes
+    images, before = torch.randn(2, 3, 32, 32), network.model.bn1.running_mean.clone()
+    torch.testing.assert_close(stem(images), network(images, features=True)[1][0])
+    assert torch.equal(network.model.bn1.running_mean, before)
+
+
 def test_a_part_compiles_whole():
     network = tapped("timm resnet")
     (_, part, _), _ = network.parts()
