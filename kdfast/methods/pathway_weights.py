@@ -104,12 +104,12 @@ def constant(pathways: Sequence[str], step: ProcessStep | None = None) -> Proces
 
     Args:
         pathways: names.
-        step: "use alpha_T" is ``process.at(len(process) - 1)``; by default "equally weighted", 1 / (pathways + 1)
-            each as a search begins, raw weights of 1.
+        step: "use alpha_T" is ``process.at(len(process) - 1)``; by default "equally weighted", 1 / pathways each, raw
+            weights of 1.
     """
     process, count = Process(pathways), len(pathways)
     if step is None:
-        step = ProcessStep(torch.full((count,), 1 / (count + 1)), torch.ones(count))
+        step = ProcessStep(torch.full((count,), 1 / count), torch.ones(count))
     process.record(*step)
     return process
 

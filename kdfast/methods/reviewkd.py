@@ -28,9 +28,7 @@ class ABF(nn.Module):
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool):
         super().__init__()
         self.project = _conv_norm(in_channels, mid_channels, 1)
-        self.attention = nn.Conv2d(2 * mid_channels, 2, 1) if fuse else None
-        if fuse:
-            nn.init.kaiming_uniform_(self.attention.weight, a=1)
+        self.attention = nn.Conv2d(2 * mid_channels, 2, 1) if fuse else None  # begins as PyTorch's, as published
         self.out = _conv_norm(mid_channels, out_channels, 3)
 
     def forward(

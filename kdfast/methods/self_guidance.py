@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from kdfast.losses.kd_kl import kd_loss
 from kdfast.methods.base import Distiller, Loss
+from kdfast.methods.left_out import LeftOut
 from kdfast.methods.stochastic_depth import branch_parameters, linear_survival, residual_branches, scaled
 from kdfast.models.tapped import bare
 
@@ -33,8 +35,9 @@ class SelfGuidance(Distiller):
         teacher     H_l = ReLU(p_l f_l(H_{l-1}) + H_{l-1}),   p_l = 1 - (l / L)(1 - p_L),   l = 1 ... L
         train       CE(student, labels) + CE(teacher, labels) + strength * tau^2 * KL(teacher || student)
 
-    Both passes share all parameters. In eval mode there is the teacher's pass alone. `export` is the plain network with
-    p_l multiplied into the last layer of each branch: bit for bit the teacher.
+    Both passes share all parameters. What the sub-network leaves out does not run, unless the network is compiled or
+    captured (see `kdfast.methods.left_out`); the values are the same. In eval mode there is the teacher's pass alone.
+    `export` is the plain network with p_l multiplied into the last layer of each branch: bit for bit the teacher.
 
     Args:
         student: a residual network that returns logits [batch, classes]: kdfast's, torchvision's and timm's ResNets,
@@ -50,7 +53,7 @@ class SelfGuidance(Distiller):
             KL(student, teacher) and gives no formula.
         batch_norm: whose pass moves the running statistics: the "teacher"'s, which is what is deployed; the
             "student"'s; or "both", one after the other, as two plain calls would. Each pass is normalised by its own
-            batch. The paper does not say.
+            batch. The paper does not say. What is left out moves none, as in stochastic depth.
         branches: names of the last layers of the residual branches, from the first to the last; found by default, see
             `kdfast.methods.stochastic_depth.residual_branches`.
         task_loss, validation_loss: see `Distiller`.
@@ -100,23 +103,50 @@ class SelfGuidance(Distiller):
             raise ValueError(f"temperature must be positive and finite, got {temperature}.")
         self.branches = list(residual_branches(student) if branches is None else branches)
         self._scales = branch_parameters(student, self.branches)
-        self.register_buffer("survival", linear_survival(len(self.branches), last_survival), persistent=False)
+        survival = linear_survival(len(self.branches), last_survival)
+        self.register_buffer("survival", survival, persistent=False)
+        self._survival_on_host = survival.clone()
+        self._left_out = LeftOut(self.branches)
+        self._names = [name for name, _ in student.named_parameters()]
         self.strength, self.temperature, self.divergence = strength, temperature, divergence
         self.teacher_gradient, self.batch_norm = teacher_gradient, batch_norm
 
     def student_outputs(self, inputs: Tensor) -> GuidedOutputs:
         if not self.training:
-            return GuidedOutputs(self._run(inputs, self.survival), None)
-        sub = self._run(inputs, torch.bernoulli(self.survival), keep=self.batch_norm != "teacher")
+            return GuidedOutputs(self._run(inputs, scaled(self.student, self._scales, self.survival)), None)
+        sub = self._sub_network(inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.teacher_gradient != "none"):
-            full = self._run(inputs, self.survival, keep=self.batch_norm != "student")
+            full = self._run(inputs, scaled(self.student, self._scales, self.survival), self.batch_norm != "student")
         return GuidedOutputs(full, sub)
 
-    def _run(self, inputs: Tensor, factors: Tensor, keep: bool = True) -> Tensor:
-        """The network with its branches times `factors` [branches]; its buffers move only where they are to be kept."""
-        tensors = scaled(self.student, self._scales, factors)
+    def _sub_network(self, inputs: Tensor) -> Tensor:  # [batch, classes]
+        keep = self.batch_norm != "teacher"
+        if self._is_one_graph():
+            return self._run(inputs, scaled(self.student, self._scales, torch.bernoulli(self.survival)), keep)
+        on_host = self.survival.device.type == "cpu"
+        kept = torch.bernoulli(self.survival if on_host else self._survival_on_host).tolist()
+        left_out = [i for i, stays in enumerate(kept) if not stays]
+        # multiplied by zero too, for those that LeftOut cannot leave out
+        zeros = scaled(self.student, [self._scales[i] for i in left_out], [0.0] * len(left_out))
+        with self._left_out(self.student, [self.branches[i] for i in left_out]):
+            logits = self._run(inputs, zeros, keep)
+        if self.teacher_gradient == "none":  # what is left out has a gradient of zero, so that all processes have it
+            logits = logits + 0.0 * sum(attrgetter(name)(self.student).sum() for name in self._names)
+        return logits
+
+    def _is_one_graph(self) -> bool:
+        """Whether the passes are compiled or captured: one graph for all draws, in which every branch runs."""
+        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return True
+        return any(
+            type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+            for module in self.student.modules()
+        )
+
+    def _run(self, inputs: Tensor, tensors: dict[str, Tensor], keep: bool = True) -> Tensor:
+        """The network with these parameters instead of its own; its buffers move only where they are to be kept."""
         if not keep:
-            tensors |= {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+            tensors = tensors | {name: buffer.clone() for name, buffer in self.student.named_buffers()}
         return functional_call(self.student, tensors, (inputs,))
 
     def logits(self, outputs: GuidedOutputs) -> Tensor:

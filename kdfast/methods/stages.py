@@ -41,10 +41,12 @@ def _blocks(stage: nn.Module) -> list[nn.Module]:
 
 
 def image_of(network: nn.Module, stages: Sequence[nn.Module], example: Tensor | None) -> Tensor:
-    """The example, or a black image of as many channels as the first convolution reads."""
+    """The example, or a black image: of the `image_shape` the network tells, or of the first convolution's channels."""
     like = next(network.parameters())
     if example is not None:
         return example.to(like)
+    if hasattr(network, "image_shape"):
+        return like.new_zeros(1, *network.image_shape)
     convolution = next((m for m in stages[0].modules() if isinstance(m, nn.Conv2d)), None)
     if convolution is None:
         raise ValueError(
@@ -74,7 +76,7 @@ def check_whole(network: nn.Module, stages: Sequence[nn.Module], head: nn.Module
             f"The student's stages and head must hold all its parameters; {len(missing)} are in none, {missing[0]} the "
             "first."
         )
-    modes = [(m, m.training) for m in network.modules()]
+    modes = [(m, m.training) for part in (network, *stages, head) for m in part.modules()]
     x = image
     network.eval()
     for module in [*stages, head]:

@@ -44,7 +44,8 @@ class StageByStage(Distiller):
             0: none. An input is known by its content. The cache holds one phase and is in no checkpoint.
         student_parts: the student's stages and head; they must hold all its parameters.
         teacher_parts: the same of the teacher.
-        example: an input [batch, ...] with which the stages' channels are measured; by default a black image of 32x32.
+        example: an input [batch, ...] with which the stages' channels are measured; by default a black image, of 32x32
+            or the student's `image_shape`.
         task_loss: see `Distiller`; only the head is trained on it.
         validation_loss: see `Distiller`.
 
@@ -259,7 +260,8 @@ def _parts(role: str, network: nn.Module, parts: Parts | None) -> tuple[list[nn.
         if not hasattr(network, "parts"):
             raise ValueError(
                 f"StageByStage needs {role}_parts, a list of stages and the head: a {type(network).__name__} has no "
-                "method parts() that tells them."
+                "method parts() that tells them; give them, or wrap it in kdfast.models.Tapped with the layers that "
+                f"end the stages (--{role}-layers on the command line)."
             )
         parts = network.parts()
     stages, head = parts

@@ -3,7 +3,8 @@
 A residual layer is H = g(f(x) + shortcut(x)), and the last layer of the branch f is affine: BatchNorm, convolution,
 linear, a layer scale. So b * f(x) is f(x) with that layer's own parameters times b. A sub-network is therefore the
 network at other parameters, which `torch.func.functional_call` evaluates: no hooks, no wrappers, and the state dict
-stays as it is. A branch that is left out is computed all the same, and multiplied by zero.
+stays as it is. A branch that is left out is computed all the same, and multiplied by zero, but where
+`kdfast.methods.left_out` takes it out.
 
 Source: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016 (arXiv:1603.09382).
 """
@@ -80,7 +81,7 @@ def branch_parameters(network: nn.Module, branches: Sequence[str]) -> list[tuple
     return found
 
 
-def scaled(network: nn.Module, names: Sequence[Sequence[str]], factors: Tensor) -> dict[str, Tensor]:
+def scaled(network: nn.Module, names: Sequence[Sequence[str]], factors: Tensor | Sequence[float]) -> dict[str, Tensor]:
     """The parameters, by name, with which the network's branches are multiplied by the factors [branches].
 
     By attribute: where a meta-step evaluates the network at displaced parameters, they are plain tensors.

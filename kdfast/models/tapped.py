@@ -4,10 +4,12 @@ import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from kdfast.models.tapped_parts import Cut, Tap, TappedPart, check_apart, cuts, function_of
 
 SIZE = 224  # of the image a network is measured with where it names no other
 
@@ -30,6 +32,7 @@ class Tapped(nn.Module):
     Attributes:
         model: the bare network.
         layers: the names.
+        image_shape: (channels, height, width) of the images it was measured with.
         widths: channels of each feature: maps are [batch, channels, height, width], also where the network computes
             them with the channels last (Swin); a transformer's tokens are [batch, tokens, channels].
 
@@ -59,8 +62,8 @@ class Tapped(nn.Module):
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         try:
             with torch.no_grad(), torch.random.fork_rng():
-                self._train_run, _ = self._traced(root.train(), images)
-                self._eval_run, features = self._traced(root.eval(), images)
+                self._train_run, self._train_cuts, _ = self._traced(root.train(), images)
+                self._eval_run, self._eval_cuts, features = self._traced(root.eval(), images)
                 self._check_logits(images)
         finally:
             for buffer, value in buffers:
@@ -68,6 +71,8 @@ class Tapped(nn.Module):
             for module, training in modes:
                 module.training = training
         self.widths = tuple(feature.shape[-1 if feature.dim() == 3 else 1] for feature in features)
+        self.image_shape = tuple(images.shape[1:])
+        self._handed_out: tuple[TappedPart, ...] = ()  # in a tuple: what they hold is registered as the model's
 
     def forward(
         self,
@@ -80,10 +85,46 @@ class Tapped(nn.Module):
         run = self._train_run if self.model.training else self._eval_run
         return run(self, images)
 
-    def _traced(self, root: nn.Module, images: Tensor) -> tuple[Callable, list[Tensor]]:
-        """The network of this mode as a function of (self, images), and the features it gives for these."""
+    def parts(self) -> tuple[list[nn.Module], nn.Module]:
+        """The network cut at the layers: a part up to each of them, and the head, which is all that follows the last.
+
+        Run one after another they are the network; each takes the feature before it, as `forward` returns it. They hold
+        the network's own modules and parameters, and follow its mode, device and dtype.
+
+        Raises:
+            ValueError: where the layers are not in the order in which they run, where what follows a layer reads more
+                than its output, and where two parts share parameters; one sentence.
+        """
+        if not self._handed_out:
+            for found in (self._train_cuts, self._eval_cuts):
+                if isinstance(found, str):
+                    raise ValueError(found)
+            pairs = zip(self._train_cuts, self._eval_cuts, strict=True)
+            parts = [TappedPart(self, *pair, training=self.model.training) for pair in pairs]
+            check_apart(parts, [*(f"the part that ends in {layer!r}" for layer in self.layers), "the head"])
+            self._handed_out = tuple(parts)
+        *stages, head = self._handed_out
+        return stages, head
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for part in self._handed_out:
+            part.train(mode)
+        return self
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for part in self._handed_out:
+            part.follow(self)
+        return self
+
+    def _traced(self, root: nn.Module, images: Tensor) -> tuple[Callable, list[Cut] | str, list[Tensor]]:
+        """The network of this mode as a function of (self, images), its cuts, and the features for these images.
+
+        Where it cannot be cut, why.
+        """
         name = type(self.model).__name__
-        tracer = _Tracer(self.model)
+        tracer = LayerTracer(self.model)
         try:
             graph = tracer.trace(root)
         except Exception as error:
@@ -99,7 +140,7 @@ class Tapped(nn.Module):
                 raise ValueError(f"The layer {layer!r} of the {name} does not run in {mode} mode; choose another.")
             if not isinstance(output, fx.Proxy):
                 raise ValueError(f"The layer {layer!r} of the {name} must return one tensor; choose one inside it.")
-            taps.append(_Tap(output.node, returned, _channels_come_last(self.model, layer)))
+            taps.append(Tap(output.node, returned, _channels_come_last(self.model, layer)))
         watch = _Watch(root, graph, taps)
         try:
             watch.run(images)
@@ -116,13 +157,18 @@ class Tapped(nn.Module):
                     f"The layer {layer!r} of the {name} must return [batch, channels, height, width] or [batch, "
                     f"tokens, channels], got {came}; choose another."
                 )
+        taps = [watch.told(tap) for tap in taps]
+        try:
+            found = cuts(graph, self.layers, taps)
+        except ValueError as error:  # whoever wants no parts needs none
+            found = f"A {name} tapped at {', '.join(self.layers)}: {error}"
         (end,) = (node for node in graph.nodes if node.op == "output")
-        end.args = ((end.args[0], [_tapped(graph, tap, watch) for tap in taps]),)
+        end.args = ((end.args[0], [_tapped(graph, tap) for tap in taps]),)
         for node in graph.nodes:  # constants that the network makes on its way
             if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
                 self.register_buffer(node.target, getattr(root, node.target), persistent=False)
-        run = _function(graph)
-        return run, run(self, images)[1]
+        run = function_of(graph)
+        return run, found, run(self, images)[1]
 
     def _check_logits(self, images: Tensor) -> None:
         traced, plain = self._eval_run(self, images)[0], self.model(images)
@@ -143,15 +189,7 @@ def bare(network: nn.Module) -> nn.Module:
     return network.model if isinstance(network, Tapped) else network
 
 
-class _Tap(NamedTuple):
-    """A layer's output, the last node that had run when the layer returned it, whether its channels come last."""
-
-    node: fx.Node
-    returned: fx.Node
-    channels_last: bool
-
-
-class _Tracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
     """Traces through all modules but torch's own and those that their library asks to leave whole.
 
     Attributes:
@@ -185,11 +223,11 @@ class _Tracer(fx.Tracer):
 class _Watch(fx.Interpreter):
     """Runs a graph and remembers the tapped values, and how often each was changed in place until it was returned."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, taps: Sequence[_Tap]):
+    def __init__(self, root: nn.Module, graph: fx.Graph, taps: Sequence[Tap]):
         super().__init__(root, graph=graph)
         self._taps = taps
         self.values: dict[fx.Node, Any] = {}
-        self._versions: dict[_Tap, int] = {}
+        self._versions: dict[Tap, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -200,17 +238,20 @@ class _Watch(fx.Interpreter):
                 self._versions[tap] = self.values[tap.node]._version
         return value
 
-    def changed_later(self, tap: _Tap) -> bool:
-        return self.values[tap.node]._version != self._versions[tap]
+    def told(self, tap: Tap) -> Tap:
+        """With what only running it could tell."""
+        value = self.values[tap.node]
+        changed = value._version != self._versions[tap]
+        return tap._replace(channels_last=tap.channels_last and value.dim() == 4, changed=changed)
 
 
-def _tapped(graph: fx.Graph, tap: _Tap, watch: _Watch) -> fx.Node:
+def _tapped(graph: fx.Graph, tap: Tap) -> fx.Node:
     """The node to return for it: the same, a copy where it is changed later, its channels brought to the front."""
     node = tap.node
-    if watch.changed_later(tap):
+    if tap.changed:
         with graph.inserting_after(tap.returned):
             node = graph.call_method("clone", (node,))
-    if tap.channels_last and watch.values[tap.node].dim() == 4:
+    if tap.channels_last:
         with graph.inserting_after(tap.returned if node is tap.node else node):
             node = graph.call_method("permute", (node, 0, 3, 1, 2))
     return node
@@ -218,14 +259,6 @@ def _tapped(graph: fx.Graph, tap: _Tap, watch: _Watch) -> fx.Node:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _function(graph: fx.Graph) -> Callable[[nn.Module, Tensor], tuple[Any, list[Tensor]]]:
-    """The graph as a function whose first argument holds the modules and parameters."""
-    code = graph.python_code("self")
-    names = dict(code.globals)
-    exec(compile(code.src, "<traced network>", "exec"), names)
-    return names["forward"]
 
 
 def _check_is_there(model: nn.Module, layer: str) -> None:

@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
         meta_optimizer="adam",
         meta_lr=0.05,
         meta_betas=(0.5, 0.999),
-        source="Deng et al., DistPro, ECCV 2022; Adam and its betas are the released code's",
+        source="Deng et al., DistPro, ECCV 2022; Adam and its betas are the released code's; of ShuffleNets lr is 0.02",
     ),
     "distpro-cifar100": Recipe(
         "distpro",
@@ -104,7 +104,8 @@ RECIPES: dict[str, Recipe] = {
         meta_optimizer="adamw",
         meta_lr=3e-4,
         meta_weight_decay=5e-4,
-        source="Liu et al., Meta Knowledge Distillation, 2022; the paper names no initial temperature",
+        source="Liu et al., Meta Knowledge Distillation, 2022; the paper names no initial temperature, and as the meta "
+        "weight decay 5e-5 too; momentum is kdfast's",
     ),
     "metadistiller-cifar100": Recipe(
         "metadistiller",
@@ -115,7 +116,7 @@ RECIPES: dict[str, Recipe] = {
         halves=True,
         meta_optimizer="adam",
         meta_lr=0.1,
-        source="Liu et al., MetaDistiller, ECCV 2020; batch size and weight decay are kdfast's",
+        source="Liu et al., MetaDistiller, ECCV 2020; batch size, momentum and weight decay are kdfast's",
     ),
     "self-guidance-cifar100": Recipe(
         "self_guidance",
@@ -134,7 +135,7 @@ RECIPES: dict[str, Recipe] = {
         lr=0.01,
         schedule="constant",  # StageByStage's own factor lowers it in each phase
         source="Gao et al., stage-by-stage knowledge distillation, 2018: learning rate, and drops at its ImageNet "
-        "schedule's shares 18/60, 36/60, 54/60 of each phase; epochs and batch size are kdfast's",
+        "schedule's shares 18/60, 36/60, 54/60 of each phase; epochs, batch size and weight decay are kdfast's",
     ),
 }
 

@@ -250,7 +250,7 @@ def test_weights_that_do_not_change(task):
     distiller.fix()
     for step in (0, 5):
         distiller.start_step(step)
-        assert distiller._step_weights.tolist() == pytest.approx([1 / 28] * 27)
+        assert distiller._step_weights.tolist() == pytest.approx([1 / 27] * 27)  # table 1: 1 / L
     process = process_of(distiller, [[1.0] * 27, [2.0] * 26 + [0.0]])
     distiller.fix(process.at(1))
     distiller.start_step(7)

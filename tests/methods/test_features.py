@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from kdfast.methods import AT, NST, FitNet, ReviewKD
 from kdfast.methods.features import as_map
+from kdfast.methods.reviewkd import ABF
 from kdfast.reference.pathways import hcl
 from kdfast.train.loop import ordinary_step
 
@@ -77,6 +78,15 @@ def test_reviewkd_fuses_from_the_deepest_up(task):
         distiller.start_epoch(epoch, 6)
         shares.append(distiller.losses(outputs, taught, task.data(6)[1])["review"] / parts["review"])
     assert torch.stack(shares).tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+
+
+def test_reviewkd_begins_as_published():
+    """Projections uniform within sqrt(3 / fan-in); the attention as PyTorch's convolutions, within sqrt(1 / fan-in)."""
+    torch.manual_seed(0)
+    fusion = ABF(64, 128, 64, fuse=True)
+    for layer, bound in ((fusion.project[0], 3), (fusion.out[0], 3), (fusion.attention, 1)):
+        size = (bound / layer.weight[0].numel()) ** 0.5
+        assert 0.95 * size < layer.weight.abs().max() <= size
 
 
 @pytest.mark.parametrize("method", METHODS)

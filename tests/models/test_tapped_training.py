@@ -39,7 +39,13 @@ def teacher(images, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("distpro", ("--set", "held_out=0.5")), ("reviewkd", ()), ("at", ("--ema", "0.5"))]
+    ("method", "options"),
+    [
+        ("distpro", ("--set", "held_out=0.5")),
+        ("reviewkd", ()),
+        ("at", ("--ema", "0.5")),
+        ("stagewise", ("--epochs", "4")),  # one for each of three stages, one for the head
+    ],
 )
 def test_torchvision_student_learns_from_a_timm_teacher(images, teacher, tmp_path, method, options):
     student = ("--student", "torchvision:shufflenet_v2_x0_5", "--student-layers", "stage2,stage3,stage4")
