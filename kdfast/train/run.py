@@ -231,9 +231,10 @@ class Run:
 
     def _teacher_cache(self, say: Callable[[str], None]) -> TeacherCache:
         settings, first = self.settings, distributed.rank() == 0
-        cache = TeacherCache(
-            Path(settings.cache_teacher), self.distiller, self.streams.train, settings.recipe.epochs, settings.precision
-        )
+        about = f"{settings.precision} on {torch.device(settings.device).type}"  # what its last digits depend on
+        about += ", channels last" * settings.channels_last + ", compiled" * settings.compile
+        folder = Path(settings.cache_teacher).expanduser()
+        cache = TeacherCache(folder, self.distiller, self.streams.train, settings.recipe.epochs, about)
         if first:
             say(
                 f"The teacher's outputs are kept in {cache.folder}: {megabytes(cache.size)} for {cache.variants} "
