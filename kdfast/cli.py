@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -54,9 +55,8 @@ def _folder(context: click.Context, parameter: click.Parameter, value: Path) -> 
     """Made and written to before the work begins rather than when it is done."""
     try:
         value.mkdir(parents=True, exist_ok=True)
-        probe = value / ".kdfast-can-write"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=value):  # of its own for each process of torchrun
+            pass
     except OSError as error:
         raise click.BadParameter(f"cannot write into {value} ({error.strerror}); name another folder.") from error
     return value
@@ -281,9 +281,8 @@ def train_command(
             _print_rows(as_rows(settings.recipe))
         _train(settings, folder, console, tensorboard and first)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        raise click.ClickException(
-            str(error.strerror if isinstance(error, OSError) and error.strerror else error)
-        ) from error
+        said = isinstance(error, OSError) and error.strerror and not error.filename  # a sentence of our own
+        raise click.ClickException(str(error.strerror if said else error)) from error
     finally:
         distributed.stop()
 

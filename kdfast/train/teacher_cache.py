@@ -108,7 +108,7 @@ class TeacherCache:
         free = shutil.disk_usage(self.folder).free
         if free < self.size:
             raise ValueError(
-                f"The teacher's cache takes {megabytes(self.size)}, {self.folder} has {megabytes(free)} left; ask "
+                f"The teacher's cache takes {in_bytes(self.size)}, {self.folder} has {in_bytes(free)} left; ask "
                 "for fewer variants, or name another folder."
             )
         facts, *files = self._files()
@@ -194,8 +194,10 @@ class TeacherCache:
         return (logits, [features[0][:, :, None, None]]) if features else logits
 
 
-def megabytes(size: int) -> str:
-    return f"{math.ceil(size / 1e6):,} MB"
+def in_bytes(size: int) -> str:
+    """Rounded up, in MB, or in kB where those would be few."""
+    unit, name = (1e6, "MB") if size >= 1e7 else (1e3, "kB")
+    return f"{math.ceil(size / unit):,} {name}"
 
 
 def _data_digest(stream: Stream) -> str:

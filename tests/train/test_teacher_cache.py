@@ -180,10 +180,23 @@ def test_a_training_says_the_size_and_what_changed(tmp_path):
     for name, value in results[0][0].items():
         assert torch.equal(value, results[1][0][name]) and torch.equal(value, results[2][0][name])
     assert [cache.hits for _, cache in results[1:]] == [0, 2000, 0]
-    size = f"The teacher's outputs are kept in {tmp_path / 'cache'}: 1 MB for 2 variant(s) of 1000 images."
+    size = f"The teacher's outputs are kept in {tmp_path / 'cache'}: 96 kB for 2 variant(s) of 1000 images."
     anew = f"The cache in {tmp_path / 'cache'} is of other outputs (augmentation changed) and begins anew."
     assert told == [size, size, size, anew] and results[1][1]._facts["precision"] == "fp32 on cpu"
     assert 0 <= run.results()["last"]["waiting"] < 1
+
+
+def test_processes_end_with_the_sentence_of_the_first(tmp_path, monkeypatch):
+    """The second of two, which would wait for a cache that is not made."""
+    network = "resnet8(widths=(2,2,4))"
+    about = {"network": network, "classes": 10, "shape": (1, 8, 8), "epoch": 0, "accuracy": None}
+    teacher = CifarResNet(8, (2, 2, 4), in_channels=1, classes=10)
+    file = str(write_student(tmp_path / "teacher.safetensors", teacher, about))
+    settings = Settings(default_recipe("kd"), "digits", network, file, cache_teacher=str(tmp_path / "cache"))
+    monkeypatch.setattr("kdfast.train.run.distributed.rank", lambda: 1)
+    monkeypatch.setattr("kdfast.train.run.distributed.gathered", lambda value: [OSError(28, "no room"), value])
+    with pytest.raises(OSError, match="no room"):
+        Run(settings, tmp_path)
 
 
 def test_its_place_on_the_disk_is_taken_at_once(tmp_path, monkeypatch):
@@ -253,5 +266,5 @@ def test_what_cannot_be_cached_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be cached where images are mixed"):
         opened(tmp_path, data=stream(augment="mixup"))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
-    with pytest.raises(ValueError, match=r"The teacher's cache takes 1 MB, .* has 1 MB left; ask for fewer variants"):
+    with pytest.raises(ValueError, match=r"The teacher's cache takes 2 kB, .* has 1 kB left; ask for fewer variants"):
         opened(tmp_path / "full")
