@@ -15,6 +15,7 @@ OPS = {
     "incorrect_brier": ("incorrect_brier", "incorrect_brier_backward", "incorrect_brier_value_and_grad"),
     "perturb": ("perturb",),
     "virtual_step": ("virtual_step",),
+    "augment_images": ("augment_images",),
     "pathways": ("pathways", "pathways_backward", "pathways_value_and_grad"),
 }
 

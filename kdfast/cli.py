@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 import kdfast
 from kdfast.data import LOADERS
+from kdfast.data.streams import usable
 from kdfast.methods import METHODS
 from kdfast.models import create, names
 from kdfast.train import distributed
@@ -53,12 +55,20 @@ def _folder(context: click.Context, parameter: click.Parameter, value: Path) -> 
     """Made and written to before the work begins rather than when it is done."""
     try:
         value.mkdir(parents=True, exist_ok=True)
-        probe = value / ".kdfast-can-write"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=value):  # of its own for each process of torchrun
+            pass
     except OSError as error:
         raise click.BadParameter(f"cannot write into {value} ({error.strerror}); name another folder.") from error
     return value
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> torch.device:
+    if value.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        value = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return usable(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @main.command("compare")
@@ -212,7 +222,7 @@ def _changed(recipe: TrainingRecipe, changes: tuple[str, ...]) -> TrainingRecipe
 )
 @click.option("--process", type=click.Path(), help="DistPro: follow this process instead of searching one.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, callback=_device)
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches a step.")
 @click.option("--ema", type=float, help="Decay of a moving average of the student, which is then exported.")
@@ -234,15 +244,13 @@ def train_command(
     resume: Path | None,
     epochs: int | None,
     changes: tuple[str, ...],
-    device: str,
+    device: torch.device,
     compile_: bool,
     tensorboard: bool,
     **others,
 ) -> None:
     """Train a student by METHOD; under torchrun, in several processes."""
-    device = torch.device(device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     distributed.start(device)
     try:
@@ -273,9 +281,8 @@ def train_command(
             _print_rows(as_rows(settings.recipe))
         _train(settings, folder, console, tensorboard and first)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        raise click.ClickException(
-            str(error.strerror if isinstance(error, OSError) and error.strerror else error)
-        ) from error
+        said = isinstance(error, OSError) and error.strerror and not error.filename  # a sentence of our own
+        raise click.ClickException(str(error.strerror if said else error)) from error
     finally:
         distributed.stop()
 

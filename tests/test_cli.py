@@ -284,6 +284,21 @@ def test_broken_images_and_too_few_classes_are_one_sentence(images, tmp_path):
     assert result.exit_code == 1 and "at least two classes, got 1" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--device", "gpu"), "device must be one that this torch can use here, got 'gpu'"),
+        (("--set", "batch_size=many"), "batch_size must be a whole number, got 'many'"),
+        (("--set", "held_out=half"), "validation must be a share of the training images in [0, 1), got 'half'"),
+        (("--set", "augment=5"), "augment must be 'none' or names of"),
+    ],
+)
+def test_impossible_options_of_the_data_are_one_sentence(tmp_path, options, sentence):
+    result = invoke("train", "alone", *SMALL, *STUDENT, "--out", str(tmp_path / "run"), *options)
+    assert result.exit_code in (1, 2) and sentence in " ".join(result.output.split()), result.output
+    assert "Traceback" not in result.output
+
+
 def test_recipes_are_listed_with_their_sources():
     result = invoke("recipes")
     assert result.exit_code == 0 and "distpro-cifar100-search: Deng et al." in result.output

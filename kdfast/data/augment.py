@@ -49,7 +49,7 @@ class Augment:
             ValueError: for an unknown name or an impossible number; one sentence.
         """
         values: dict[str, float] = {}
-        for part in text.replace("crop_flip", "crop+flip").split("+") if text != "none" else ():
+        for part in str(text).replace("crop_flip", "crop+flip").split("+") if text != "none" else ():
             name, sign, number = part.partition("=")
             try:
                 value = float(number) if sign else _DEFAULTS[name]

@@ -76,13 +76,15 @@ class Engine(Protocol):
 
 
 def blend(images: Tensor, mix: Mix) -> Tensor:  # [batch, channels, height, width]
-    """Each image mixed with the one before it."""
-    others = images.roll(1, 0)
+    """Each image mixed with the one before it; where a box is pasted, in place."""
     if mix.box is None:
-        return images.mul(mix.share).add_(others, alpha=1 - mix.share)
+        mixed, others = images.mul(mix.share), 1 - mix.share
+        mixed[1:].add_(images[:-1], alpha=others)
+        mixed[:1].add_(images[-1:], alpha=others)
+        return mixed
     top, left, height, width = mix.box
-    images = images.clone()
-    images[:, :, top : top + height, left : left + width] = others[:, :, top : top + height, left : left + width]
+    pasted = images[:, :, top : top + height, left : left + width]
+    pasted.copy_(pasted.roll(1, 0))
     return images
 
 
@@ -92,9 +94,9 @@ def blend_targets(labels: Tensor, classes: int, mix: Mix) -> Tensor:
     return mix.share * hot + (1 - mix.share) * hot.roll(1, 0)
 
 
-def cut_out(images: Tensor, squares: np.ndarray) -> Tensor:  # [batch, channels, height, width]
+def cut_out(images: Tensor, squares: Tensor) -> Tensor:  # [batch, channels, height, width], [batch, 4]
     """Zero, in place, each image's square of `Draws.squares`."""
-    top, left, bottom, right = torch.from_numpy(squares).to(images.device)[:, :, None].unbind(1)  # [batch, 1]
+    top, left, bottom, right = squares.to(images.device)[:, :, None].unbind(1)  # [batch, 1]
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
     inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
     return images.masked_fill_(inside[:, None], 0.0)

@@ -52,8 +52,10 @@ def read_source(spec: str, broken: Broken, *, download: bool, size: int | None, 
     Raises:
         ValueError: for what is not there or cannot be used; one sentence.
     """
-    kind, _, root = spec.partition(":")
-    if spec == "digits":
+    kind, _, root = str(spec).partition(":")
+    with contextlib.suppress(RuntimeError):  # of somebody who has no home
+        root = root and str(Path(root).expanduser())  # no shell does it behind a colon
+    if str(spec) == "digits":
         train, test, names = _digits()
     elif kind in ("cifar10", "cifar100") and root:
         train, test, names = _cifar(kind, root, download)
@@ -144,7 +146,7 @@ def _tiny_imagenet(root: Path) -> tuple[Listing, Listing, list[str]]:
         raise ValueError(f"{root} must be the unpacked tiny-imagenet-200, but it has no val/{annotations.name}.")
     numbers = {name: number for number, name in enumerate(names)}
     test = []
-    for line in annotations.read_text(encoding="utf-8").splitlines():
+    for line in annotations.read_text(encoding="utf-8", errors="replace").splitlines():
         file, name = line.split("\t")[:2] if "\t" in line else (line, "")
         if name not in numbers:
             raise ValueError(f"{annotations} names {name!r} as the class of {file}, which is none of the training's.")
@@ -157,17 +159,23 @@ def _tiny_imagenet(root: Path) -> tuple[Listing, Listing, list[str]]:
 def _classes(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ValueError(f"{folder} must be a folder with a folder of images for each class; there is none.")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(found) < 2:
         raise ValueError(f"{folder} must hold a folder for each of at least two classes, got {len(found)}.")
     return found
+
+
+def _hidden(path: Path) -> bool:
+    """As what notebooks (.ipynb_checkpoints/) and macOS (._cat.jpg) leave beside images."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _listed(folder: Path, names: list[str], inside: Callable[[Path], Path]) -> Listing:
     listing: Listing = []
     for label, name in enumerate(names):
         of_class = inside(folder / name)
-        found = sorted(str(path) for path in of_class.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = (path for path in of_class.rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = sorted(str(path) for path in paths if not _hidden(path.relative_to(of_class)))
         if not found:
             raise ValueError(f"{of_class} must hold images of its class ({', '.join(sorted(SUFFIXES))}), got none.")
         listing += [(path, label) for path in found]

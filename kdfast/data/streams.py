@@ -1,5 +1,6 @@
 """Data sets by name as streams of batches, which can go on in the middle of an epoch."""
 
+import numbers
 import os
 import time
 from collections import deque
@@ -69,17 +70,18 @@ class Stream:
         device: str | torch.device = "cpu",
         workers: int | None = None,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        if workers is not None and workers < 0:
-            raise ValueError(f"workers must be at least 0, got {workers}.")
+        _check_whole(batch_size=(batch_size, 1), workers=(workers, 0), seed=(seed, 0), variants=(variants, 1))
+        if isinstance(data, ImageSet):
+            _check_images(data, mean, deviation)
         self.data, self.augment = data, Augment.parse(augment) if seed is not None else Augment()
         self.members = torch.arange(len(data.labels)) if members is None else members
         self.labels = data.labels.cpu()[self.members]
         if not len(self.labels):
             raise ValueError("A stream needs at least one image, got none.")
+        if self.augment.mixes and classes is None:
+            raise ValueError("Where images are mixed, targets are probabilities: say how many `classes` there are.")
         self.batch_size, self.seed, self.variants, self.classes = batch_size, seed, variants, classes
-        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.rank, self.world_size, self.device = rank, world_size, usable(device)
         self.loader = choose_loader(loader, data, self.augment)
         self._epoch = self._position = 0
         self._worked = 0.0  # seconds the last batch was worked on
@@ -111,8 +113,8 @@ class Stream:
         variant = epoch % self.variants if self.variants else epoch
         if self.augment == Augment():
             variant = 0
-        places = range(self._position, len(self))
-        requests = [self._request(order, at, variant) for at in places]
+        places, samples = range(self._position, len(self)), self.members[order].numpy()
+        requests = [self._request(samples, at, variant) for at in places]
         batches = self._engine.batches(requests)
         if self.loader == "dali":
             batches = ahead(batches, AHEAD)
@@ -141,8 +143,8 @@ class Stream:
         whole = len(self) * self.batch_size * self.world_size
         return order.repeat(-(-whole // count))[:whole][self.rank :: self.world_size]
 
-    def _request(self, order: Tensor, at: int, variant: int) -> Request:
-        samples = self.members[order[at * self.batch_size : (at + 1) * self.batch_size]].numpy()
+    def _request(self, samples: np.ndarray, at: int, variant: int) -> Request:  # [images of this process]
+        samples = samples[at * self.batch_size : (at + 1) * self.batch_size]
         seeds = (self.seed or 0, self._epoch, at, self.rank)
         mix = draw_mix(self.augment, seeds, *self.work.shape[1:])
         return Request(samples, self.seed or 0, variant, mix)
@@ -169,6 +171,40 @@ def ahead(items: Iterator, count: int, wanted: Callable[[], bool] = lambda: True
             while wanted() and len(pending) < count:
                 pending.append(pool.submit(next, items, end))
             yield item
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device, if this machine and this torch have it.
+
+    Raises:
+        ValueError: if not, with torch's reason.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by what is missing
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise ValueError(f"device must be one that this torch can use here, got {str(device)!r} ({reason}).") from error
+    return found
+
+
+def _check_whole(**options: tuple[Any, int]) -> None:
+    """That each option is a whole number of at least so much, or None where it was not given."""
+    for name, (value, least) in options.items():
+        if value is not None and not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def _check_images(data: ImageSet, mean: Tensor, deviation: Tensor) -> None:
+    shape, channels = tuple(data.images.shape), {len(mean), len(deviation)}
+    if len(shape) != 4 or tuple(data.labels.shape) != shape[:1] or channels != {shape[1]}:
+        raise ValueError(
+            "A stream needs images [count, channels, height, width], a label for each, and a mean and a deviation for "
+            f"each channel, got {list(shape)}, {list(data.labels.shape)}, {list(mean.shape)} and "
+            f"{list(deviation.shape)}."
+        )
 
 
 def choose_loader(loader: str, data: ImageSet | Files, augment: Augment) -> str:
@@ -293,18 +329,15 @@ def loaders(
         >>> streams = loaders("cifar100:data", batch_size=64, validation=0.2, augment="crop_flip", download=True)
         >>> images, labels = next(iter(streams.train))
     """
-    if not 0 <= validation < 1:
-        raise ValueError(f"validation must be a share of the training images in [0, 1), got {validation}.")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}.")
-    if variants is not None and variants < 1:
-        raise ValueError(f"variants must be at least 1, got {variants}.")
+    if not isinstance(validation, numbers.Real) or not 0 <= validation < 1:
+        raise ValueError(f"validation must be a share of the training images in [0, 1), got {validation!r}.")
+    _check_whole(batch_size=(batch_size, 1), seed=(seed, 0), variants=(variants, 1), workers=(workers, 0))
     Augment.parse(augment)
     if loader not in LOADERS:
         raise ValueError(f"loader must be one of {', '.join(map(repr, LOADERS))}, got {loader!r}.")
+    device = usable(device)
     in_memory = {"auto": None, "resident": True}.get(loader, False)
     source = read_source(spec, Broken(on_broken, broken_limit), download=download, size=size, in_memory=in_memory)
-    device = torch.device(device)
     if loader in ("auto", "resident"):  # one copy, for all streams
         for name in ("train", "test"):
             images = getattr(source, name)

@@ -26,23 +26,40 @@ class Vision:
     def __init__(self, work: Work):
         self.work = work
         self._requests: list[Request] = []  # of the epoch; the loader keeps this very list
-        self._loader = DataLoader(
-            _Batches(work),
+        self._loader = self._started()
+
+    def _started(self) -> DataLoader:
+        return DataLoader(
+            _Batches(self.work),
             batch_size=None,  # the set gives whole batches
             sampler=self._requests,
-            num_workers=work.workers,
-            persistent_workers=work.workers > 0,
-            pin_memory=work.device.type == "cuda",
+            num_workers=self.work.workers,
+            persistent_workers=self.work.workers > 0,
+            pin_memory=self.work.device.type == "cuda",
             generator=torch.Generator(),  # its workers' seeds leave the global random state alone
         )
 
     def batches(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, np.ndarray]]:
         self._requests[:] = requests
         data = self.work.data
-        for images, samples, broken in self._loader:
+        for images, samples, broken in self._given():
             for sample, reason in broken:
                 data.mark(sample, reason)
+            if not len(images):
+                raise ValueError("None of the images of this part can be read.")
             yield images.to(self.work.device, non_blocking=True), samples.numpy()
+
+    def _given(self) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, str]]]]:
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self._loader = self._started()  # the one without its workers is of no more use
+            raise ChildProcessError(
+                f"A worker process of the torchvision loader ended ({str(error).splitlines()[0]}): it was killed, or "
+                "memory ran out; go on from the last checkpoint, with fewer workers if it happens again."
+            ) from error
 
 
 class _Batches(Dataset):
@@ -57,13 +74,15 @@ class _Batches(Dataset):
         augment, draws = work.augment, request.draws()
         if isinstance(work.data, Files):
             pictures, samples = self._read(request.samples, broken)
+            if not pictures:
+                return torch.empty(0), torch.from_numpy(samples), broken
         else:
             samples = request.samples
             pictures = list(work.data.images[torch.from_numpy(samples)])
         images = torch.stack(self._transformed(pictures, draws)).float()
         images = self.normalize(images, work.mean.flatten().tolist(), work.deviation.flatten().tolist(), inplace=True)
         if augment.cutout:
-            images = cut_out(images, draws.squares(augment.cutout, *images.shape[2:]))
+            images = cut_out(images, torch.from_numpy(draws.squares(augment.cutout, *images.shape[2:])))
         return images if request.mix is None else blend(images, request.mix), torch.from_numpy(samples), broken
 
     def _read(self, wanted: np.ndarray, broken: list[tuple[int, str]]) -> tuple[list, np.ndarray]:
@@ -79,7 +98,7 @@ class _Batches(Dataset):
                     broken.append((sample, str(error)))
                     samples[place] = members[(np.searchsorted(members, sample) + 1) % len(members)]
             else:
-                raise ValueError("None of the images of this part can be read.")
+                return [], samples
         return pictures, samples
 
     def _transformed(self, pictures: list, draws: Draws) -> list[Tensor]:

@@ -32,7 +32,7 @@ from kdfast.train.history import EpochRecord, StepRecord
 from kdfast.train.loop import step_decay, warmup_cosine
 from kdfast.train.networks import bare_name, network_of, write_student
 from kdfast.train.recipes import Recipe
-from kdfast.train.teacher_cache import TeacherCache, megabytes
+from kdfast.train.teacher_cache import TeacherCache, in_bytes
 from kdfast.train.trainer import Trainer
 
 CHECKPOINT, SETTINGS, RESULTS, PROCESS = (
@@ -231,18 +231,25 @@ class Run:
 
     def _teacher_cache(self, say: Callable[[str], None]) -> TeacherCache:
         settings, first = self.settings, distributed.rank() == 0
-        cache = TeacherCache(
-            Path(settings.cache_teacher), self.distiller, self.streams.train, settings.recipe.epochs, settings.precision
-        )
+        about = f"{settings.precision} on {torch.device(settings.device).type}"  # what its last digits depend on
+        about += ", channels last" * settings.channels_last + ", compiled" * settings.compile
+        folder = Path(settings.cache_teacher).expanduser()
+        cache = TeacherCache(folder, self.distiller, self.streams.train, settings.recipe.epochs, about)
+        problem = None
         if first:
             say(
-                f"The teacher's outputs are kept in {cache.folder}: {megabytes(cache.size)} for {cache.variants} "
+                f"The teacher's outputs are kept in {cache.folder}: {in_bytes(cache.size)} for {cache.variants} "
                 f"variant(s) of {cache.images} images."
             )
-            cache.open()
+            try:
+                cache.open()
+            except (ValueError, OSError) as error:
+                problem = error
             if cache.begun_anew:
                 say(cache.begun_anew)
-        distributed.gathered(None)  # the others come when it is there
+        # The others come when it is there, and end with the same sentence where it is not.
+        if problem := distributed.gathered(problem)[0]:
+            raise problem
         if not first:
             cache.join()
         return cache

@@ -4,8 +4,11 @@ FOLDER/teacher.json   what it holds and what that depends on
 FOLDER/teacher.rows   float32, a row for each augmentation and image: the logits, and pooled features where a method
                       needs them
 FOLDER/teacher.sums   uint64, a checksum of each row; 0 where there is none yet
+FOLDER/teacher.lock   held while one of several trainings makes these
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -13,6 +16,7 @@ import os
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +30,15 @@ from kdfast.methods.base import Distiller
 from kdfast.train.files import digest, write_json
 
 _PRESENT = 1 << 32  # a checksum of zero is no empty place
+_RESERVES = hasattr(os, "posix_fallocate")  # not on macOS
 
 
 class TeacherCache:
     """The teacher's outputs by (variant of the augmentation, image).
 
     Rows are written as they are first computed, and checked whenever they are read; one that does not match its
-    checksum is computed again. Several processes of one machine may use the folder at once.
+    checksum is computed again. Its place on the disk is taken when it is opened. Several trainings of one machine may
+    use the folder at once.
 
     Args:
         folder: where it is; made if need be.
@@ -48,6 +54,7 @@ class TeacherCache:
 
     Raises:
         ValueError: where the method's teacher outputs are no logits, images are mixed, or the disk is too small.
+        OSError: where its files cannot be made or written to; one sentence.
     """
 
     def __init__(self, folder: Path, distiller: Distiller, stream: Stream, epochs: int, about: str = ""):
@@ -67,7 +74,7 @@ class TeacherCache:
         random = stream.augment != type(stream.augment)()
         self.variants = min(stream.variants or epochs, epochs) if random else 1
         self.images, self.width = len(stream.data.labels), sum(self._widths)
-        self.size = self.variants * self.images * (4 * self.width + 8)
+        self.size = sum(self._sizes())
         self._facts = {
             "teacher": digest(distiller.teacher.state_dict(), type(distiller.teacher).__name__),
             "data": _data_digest(stream),
@@ -81,48 +88,83 @@ class TeacherCache:
 
     def open(self) -> None:
         """Use what is there, if it is of this teacher and these data, or else begin anew: before others join."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        held = self._held()
-        if held != self._facts:
-            if held:
-                changed = ", ".join(name for name in self._facts if held.get(name) != self._facts[name])
-                self.begun_anew = f"The cache in {self.folder} is of other outputs ({changed} changed) and begins anew."
-            for name in ("teacher.json", "teacher.rows", "teacher.sums"):
-                (self.folder / name).unlink(missing_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            if free < self.size:
-                raise ValueError(
-                    f"The teacher's cache takes {megabytes(self.size)}, {self.folder} has {megabytes(free)} left; ask "
-                    "for fewer variants, or name another folder."
-                )
-            for path, count in (("teacher.rows", 4 * self.width), ("teacher.sums", 8)):
-                with open(self.folder / path, "wb") as file:
-                    file.truncate(count * self.variants * self.images)
-            write_json(self.folder / "teacher.json", self._facts)
-        self.join()
+        with self._explained():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._explained(), open(self.folder / "teacher.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            held = self._held()
+            if held != self._facts:
+                if held:
+                    changed = ", ".join(name for name in self._facts if held.get(name) != self._facts[name])
+                    self.begun_anew = (
+                        f"The cache in {self.folder} is of other outputs ({changed} changed) and begins anew."
+                    )
+                self._begin()
+            self.join()
+
+    def _begin(self) -> None:
+        for path in self._files():
+            path.unlink(missing_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < self.size:
+            raise ValueError(
+                f"The teacher's cache takes {in_bytes(self.size)}, {self.folder} has {in_bytes(free)} left; ask "
+                "for fewer variants, or name another folder."
+            )
+        facts, *files = self._files()
+        try:
+            for path, size in zip(files, self._sizes(), strict=True):
+                with open(path, "wb") as file:
+                    # A file with holes would end the process (SIGBUS) if others have filled the disk meanwhile.
+                    os.posix_fallocate(file.fileno(), 0, size) if _RESERVES else file.truncate(size)
+            write_json(facts, self._facts)
+        except OSError:
+            for path in self._files():
+                path.unlink(missing_ok=True)
+            raise
+
+    def _files(self) -> list[Path]:
+        return [self.folder / f"teacher.{part}" for part in ("json", "rows", "sums")]
+
+    def _sizes(self) -> tuple[int, int]:
+        """Bytes of the rows and of their checksums."""
+        count = self.variants * self.images
+        return 4 * self.width * count, 8 * count
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The teacher's cache in {self.folder} cannot be used ({error.strerror or error}); name another.",
+            ) from error
 
     def join(self) -> None:
         """Use what another process has opened."""
-        shape = (self.variants, self.images)
-        self._rows = np.memmap(self.folder / "teacher.rows", np.float32, "r+", shape=(*shape, self.width))
-        self._sums = np.memmap(self.folder / "teacher.sums", np.uint64, "r+", shape=shape)
+        shape, (_, rows, sums) = (self.variants, self.images), self._files()
+        with self._explained():
+            self._rows = np.memmap(rows, np.float32, "r+", shape=(*shape, self.width))
+            self._sums = np.memmap(sums, np.uint64, "r+", shape=shape)
 
     def _held(self) -> dict[str, str]:
         try:
-            held = dict(json.loads((self.folder / "teacher.json").read_text(encoding="utf-8")))
-            sizes = [os.path.getsize(self.folder / f"teacher.{part}") for part in ("rows", "sums")]
+            held = dict(json.loads(self._files()[0].read_text(encoding="utf-8")))
+            sizes = tuple(path.stat().st_size for path in self._files()[1:])
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError):  # no JSON, or no dict
             return {**self._facts, "layout": "unreadable"}
-        if held == self._facts and sum(sizes) != self.size:
+        if held == self._facts and sizes != self._sizes():
             return {**held, "layout": "files of another size"}
         return held
 
     def outputs(self, stream: Any, inputs: Tensor) -> Any:
         """The teacher's outputs for the batch the stream has just given."""
         variant, samples = stream.variant % self.variants, stream.samples.numpy()
-        rows, sums = self._rows[variant, samples], self._sums[variant, samples]
+        sums = self._sums[variant, samples]  # before the rows, which another training writes before them
+        rows = self._rows[variant, samples]
         right = [int(held) == _PRESENT | zlib.crc32(row.data) for row, held in zip(rows, sums, strict=True)]
         self.asked += len(samples)
         if all(right):
@@ -152,8 +194,10 @@ class TeacherCache:
         return (logits, [features[0][:, :, None, None]]) if features else logits
 
 
-def megabytes(size: int) -> str:
-    return f"{math.ceil(size / 1e6):,} MB"
+def in_bytes(size: int) -> str:
+    """Rounded up, in MB, or in kB where those would be few."""
+    unit, name = (1e6, "MB") if size >= 1e7 else (1e3, "kB")
+    return f"{math.ceil(size / unit):,} {name}"
 
 
 def _data_digest(stream: Stream) -> str:

@@ -169,7 +169,7 @@ def test_mixtures_by_hand():
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
     mixed = blend(images, augmenting.Mix(0.75, None))
     torch.testing.assert_close(mixed[1], 0.75 * images[1] + 0.25 * images[0])
-    pasted = blend(images, augmenting.Mix(0.75, (2, 1, 4, 4)))
+    pasted = blend(images.clone(), augmenting.Mix(0.75, (2, 1, 4, 4)))
     assert torch.equal(pasted[0, :, 2:6, 1:5], images[3, :, 2:6, 1:5]) and torch.equal(
         pasted[0, :, :2], images[0, :, :2]
     )

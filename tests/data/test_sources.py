@@ -78,6 +78,9 @@ def test_tiny_imagenet(tmp_path):
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\t0\n")
     with pytest.raises(ValueError, match=r"names 'n99' as the class of val_0\.JPEG, which is none of the training's"):
         loaders(f"tiny-imagenet:{root}", batch_size=4)
+    (root / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt names '' as the class of"):
+        loaders(f"tiny-imagenet:{root}", batch_size=4)
     (root / "val" / "val_annotations.txt").unlink()
     with pytest.raises(ValueError, match="must be the unpacked tiny-imagenet-200, but it has no val/val_annotations"):
         loaders(f"tiny-imagenet:{root}", batch_size=4)
@@ -100,6 +103,33 @@ def test_val_stands_for_test(tmp_path):
     root = write_folder(tmp_path, sides=(16,))
     (root / "test").rename(root / "val")
     assert len(loaders(f"folder:{root}", batch_size=8).test.labels) == 6
+
+
+def test_what_notebooks_and_file_browsers_leave_behind_is_no_data(tmp_path):
+    root = write_folder(tmp_path, sides=(16,))
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "class0" / "._000.jpg").write_bytes(b"of macOS")
+    hidden = root / "train" / "class1" / ".ipynb_checkpoints" / "001-checkpoint.jpg"
+    write_image(hidden, pictures(1, 16).images[0])
+    assert len(loaders(f"folder:{root}", batch_size=8).train.labels) == 24
+
+
+def test_a_home_is_found(tmp_path, monkeypatch):
+    """No shell replaces the ~ of folder:~/data."""
+    write_folder(tmp_path / "data", sides=(16,))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert loaders("folder:~/data", batch_size=8).classes == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*is skipped:UserWarning")
+def test_a_part_without_a_readable_image_is_one_sentence(tmp_path, workers):
+    root = write_folder(tmp_path, sides=(64, 80))
+    for path in (root / "test").rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:500])
+    options = {"batch_size": 8, "loader": "torchvision", "on_broken": "skip", "workers": workers, "size": 32}
+    with pytest.raises(ValueError, match=r"^None of the images of this part can be read\.$"):
+        list(loaders(f"folder:{root}", **options).test)
 
 
 def test_wrong_folders_are_one_sentence(tmp_path):

@@ -1,5 +1,6 @@
 """Orders, splits, shares and places in the epoch: the same for every back end."""
 
+import multiprocessing
 import time
 import warnings
 
@@ -189,7 +190,12 @@ def test_ahead_gives_everything_in_order_and_passes_errors_on():
     ("options", "sentence"),
     [
         ({"validation": 1.0}, r"validation must be a share of the training images in \[0, 1\), got 1.0"),
+        ({"validation": "all"}, r"validation must be a share of the training images in \[0, 1\), got 'all'"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"batch_size": "many"}, "batch_size must be a whole number, got 'many'"),
+        ({"augment": 5}, "augment must be 'none' or names of .* got 5"),
+        ({"device": "gpu"}, "device must be one that this torch can use here, got 'gpu' "),
         ({"variants": 0}, "variants must be at least 1, got 0"),
         ({"loader": "fast"}, "loader must be one of 'auto', 'resident', 'dali', 'torchvision', got 'fast'"),
         ({"augment": "blur"}, "augment must be"),
@@ -210,6 +216,30 @@ def test_a_stream_of_nothing_is_one_sentence():
         stream(members=torch.empty(0, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"The data must be 'digits', 'cifar10:ROOT', .* got 'imagenet'"):
         loaders("imagenet", batch_size=8)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_images_labels_and_statistics_that_do_not_go_together_are_one_sentence(loader):
+    data = pictures(8, 16)
+    grey = torch.zeros(8, 1, 16, 16, dtype=torch.uint8)
+    for wrong in (data._replace(labels=data.labels[:5]), data._replace(images=grey), ImageSet(grey[:, 0], data.labels)):
+        with pytest.raises(ValueError, match=r"A stream needs images \[count, channels, height, width\], a label for"):
+            stream(loader, data=wrong)
+    with pytest.raises(ValueError, match="targets are probabilities: say how many `classes` there are"):
+        stream(loader, augment="mixup", classes=None)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on one core
+def test_a_worker_that_is_killed_is_one_sentence_and_the_next_epoch_has_others():
+    killed = stream("torchvision", workers=2)
+    batches = iter(killed)
+    next(batches)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(OSError, match=r"A worker process of the torchvision loader ended \(.*\): it was killed"):
+        list(batches)
+    killed.load_state_dict({"epoch": 0, "position": 0})
+    assert same(list(killed), list(stream("torchvision")))
 
 
 @pytest.mark.cuda

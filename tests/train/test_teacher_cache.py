@@ -1,5 +1,9 @@
 import dataclasses
+import errno
+import fcntl
 import json
+import os
+import threading
 
 import pytest
 import torch
@@ -176,10 +180,82 @@ def test_a_training_says_the_size_and_what_changed(tmp_path):
     for name, value in results[0][0].items():
         assert torch.equal(value, results[1][0][name]) and torch.equal(value, results[2][0][name])
     assert [cache.hits for _, cache in results[1:]] == [0, 2000, 0]
-    size = f"The teacher's outputs are kept in {tmp_path / 'cache'}: 1 MB for 2 variant(s) of 1000 images."
+    size = f"The teacher's outputs are kept in {tmp_path / 'cache'}: 96 kB for 2 variant(s) of 1000 images."
     anew = f"The cache in {tmp_path / 'cache'} is of other outputs (augmentation changed) and begins anew."
-    assert told == [size, size, size, anew]
+    assert told == [size, size, size, anew] and results[1][1]._facts["precision"] == "fp32 on cpu"
     assert 0 <= run.results()["last"]["waiting"] < 1
+
+
+def test_processes_end_with_the_sentence_of_the_first(tmp_path, monkeypatch):
+    """The second of two, which would wait for a cache that is not made."""
+    network = "resnet8(widths=(2,2,4))"
+    about = {"network": network, "classes": 10, "shape": (1, 8, 8), "epoch": 0, "accuracy": None}
+    teacher = CifarResNet(8, (2, 2, 4), in_channels=1, classes=10)
+    file = str(write_student(tmp_path / "teacher.safetensors", teacher, about))
+    settings = Settings(default_recipe("kd"), "digits", network, file, cache_teacher=str(tmp_path / "cache"))
+    monkeypatch.setattr("kdfast.train.run.distributed.rank", lambda: 1)
+    monkeypatch.setattr("kdfast.train.run.distributed.gathered", lambda value: [OSError(28, "no room"), value])
+    with pytest.raises(OSError, match="no room"):
+        Run(settings, tmp_path)
+
+
+def test_its_place_on_the_disk_is_taken_at_once(tmp_path, monkeypatch):
+    """A file with holes ends the process where others have filled the disk before it has."""
+    opened(tmp_path)
+    for part in ("rows", "sums"):
+        found = (tmp_path / f"teacher.{part}").stat()
+        assert found.st_blocks * 512 >= found.st_size > 0
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"The teacher's cache in .* cannot be used \(No space left on device\)"):
+        opened(tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["teacher.lock"]
+
+
+def test_unusable_folders_are_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=rf"cache in {folder} cannot be used \(.*\); name another") as raised:
+            opened(folder)
+        assert "cannot be used" in raised.value.strerror  # what the command line prints
+
+
+def test_trainings_that_begin_at_once_make_it_one_after_another(tmp_path):
+    cache = TeacherCache(tmp_path, distiller(), stream(), 2)
+    with open(tmp_path / "teacher.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another is making it
+        opening = threading.Thread(target=cache.open)
+        opening.start()
+        opening.join(0.3)
+        assert opening.is_alive() and not (tmp_path / "teacher.rows").exists()
+    opening.join()
+    before = (tmp_path / "teacher.rows").stat().st_ino
+    other = opened(tmp_path, about="")
+    assert other.begun_anew is None and (tmp_path / "teacher.rows").stat().st_ino == before
+
+
+@pytest.mark.filterwarnings("error")  # none is damaged
+def test_rows_that_another_training_writes_meanwhile_are_not_taken_for_damaged(tmp_path):
+    reader, writer = opened(tmp_path), opened(tmp_path)
+    data = stream()
+    images, _ = next(iter(data))
+
+    class Rows:
+        """Read just before the other writes them."""
+
+        def __getitem__(self, at):
+            old = writer._rows[at]
+            writer.outputs(data, images)
+            return old
+
+        def __setitem__(self, at, rows):
+            writer._rows[at] = rows
+
+    reader._rows = Rows()
+    assert torch.equal(reader.outputs(data, images), reader.distiller.teacher_outputs(images)) and reader.hits == 0
 
 
 def test_what_cannot_be_cached_is_one_sentence(tmp_path, monkeypatch):
@@ -190,5 +266,5 @@ def test_what_cannot_be_cached_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be cached where images are mixed"):
         opened(tmp_path, data=stream(augment="mixup"))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
-    with pytest.raises(ValueError, match=r"The teacher's cache takes 1 MB, .* has 1 MB left; ask for fewer variants"):
+    with pytest.raises(ValueError, match=r"The teacher's cache takes 2 kB, .* has 1 kB left; ask for fewer variants"):
         opened(tmp_path / "full")
