@@ -64,8 +64,8 @@ CASES = {
     ),
     "probabilities' shape": (
         ValueError,
-        r"labels given as probabilities must have the logits' shape \[4, 5\], got \[4\]; class indices are integers: pass "
-        r"labels\.long\(\)\.",
+        r"labels given as probabilities must have the logits' shape \[4, 5\], got \[4\]; class indices are "
+        r"integers: pass labels\.long\(\)\.",
         lambda: kd_loss(S, T, torch.rand(4)),
     ),
     "one-hot integers": (
