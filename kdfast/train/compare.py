@@ -190,8 +190,15 @@ def compare(
 
     Raises:
         ImportError: without scikit-learn, which carries the digits; it names the command that installs it.
+        ValueError: for fewer epochs than a method has phases.
     """
     split = load_digits(recipe.train_per_class, recipe.validation_per_class)
+    phases = len(recipe.student_widths) + 1
+    if "stagewise" in methods and recipe.epochs < phases:
+        raise ValueError(
+            f"stagewise needs at least an epoch a phase, {phases} in all, got {recipe.epochs}; take more, or leave it "
+            "out of the methods."
+        )
     bench = _Bench(recipe, split, evaluate_on, folder)
     with torch.random.fork_rng(devices=[]):
         teacher, teacher_run = bench.teacher(seeds[0])

@@ -3,17 +3,19 @@
 import copy
 import itertools
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from kdfast.meta import MetaKD, Process
 from kdfast.methods.base import Distiller
@@ -21,6 +23,7 @@ from kdfast.train import distributed
 from kdfast.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from kdfast.train.history import EpochRecord, History, StepRecord
 from kdfast.train.loop import Batch, Batches, accumulated_step, evaluate
+from kdfast.train.networks import to_channels_last
 from kdfast.train.teacher_cache import TeacherCache
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,12 +138,11 @@ class Trainer:
             self._engine = MetaKD(distiller, optimizer, meta_optimizer, scaler=self._scaler, **(meta or {}))
         if channels_last:
             for network in filter(None, (distiller, distiller.teacher)):
-                network.to(memory_format=torch.channels_last)
+                to_channels_last(network)
         distributed.same_everywhere(distiller)
         self._ema = None
         if ema is not None:
-            average = get_ema_multi_avg_fn(ema)
-            self._ema = AveragedModel(distiller.export(), multi_avg_fn=average, use_buffers=True)
+            self._ema = AveragedModel(distiller.export(), multi_avg_fn=partial(_average, ema), use_buffers=True)
         if compile:
             for network in filter(None, (distiller.student, distiller.teacher)):
                 network.compile()
@@ -234,12 +236,13 @@ class Trainer:
             accuracy, _ = self._evaluate(self.evaluation)
         if self.meta_optimizer is None and self.validation_batches is not None:
             validation_accuracy, validation_loss = self._evaluate(self.validation_batches)
-        self.distiller.end_epoch(validation_loss)
+        rate = float(self.optimizer.param_groups[0]["lr"]) * getattr(self.distiller, "lr_factor", 1.0)
+        self.distiller.end_epoch(validation_loss)  # which may change the factor
         record = EpochRecord(
             epoch=self.epoch,
             steps=self.step,
             parts=parts,
-            lr=float(self.optimizer.param_groups[0]["lr"]),
+            lr=rate,
             accuracy=accuracy,
             validation_accuracy=validation_accuracy,
             validation_loss=validation_loss,
@@ -348,7 +351,7 @@ class Trainer:
                 if part is not None:
                     part.load_state_dict(copy.deepcopy(state[name]))
             except (RuntimeError, ValueError) as error:  # PyTorch's long list of keys and shapes
-                first = str(error).strip().split("\n")[-1].strip()
+                first = textwrap.shorten(str(error).strip().split("\n")[-1], 200, placeholder=" ...")
                 raise ValueError(
                     f"The checkpoint's {name} is another training's ({first}); build them alike."
                 ) from error
@@ -374,6 +377,15 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """`load_state_dict` of a checkpoint file."""
         self.load_state_dict(load_checkpoint(path))
+
+
+@torch.no_grad()
+def _average(decay: float, averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+    """One update of the moving average, of tensors of one type; counters are taken over as they are."""
+    if averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, values, 1 - decay)
+    else:
+        torch._foreach_copy_(averages, values)
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

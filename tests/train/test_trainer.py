@@ -184,6 +184,22 @@ def test_moving_average_is_what_is_measured_and_exported():
     assert not torch.equal(averaged.student.head.weight, averaged.distiller.student.head.weight)
 
 
+def test_moving_average_takes_counters_over():
+    averaged = trainer(ema=0.9)
+    averaged.run()
+    assert averaged.student.bn.num_batches_tracked == averaged.distiller.student.bn.num_batches_tracked == 12
+    assert not torch.equal(averaged.student.bn.running_mean, averaged.distiller.student.bn.running_mean)
+
+
+def test_channels_last_is_refused_where_it_would_damage_memory():
+    narrow = Alone(CifarResNet(8, (4, 8, 8), in_channels=1))
+    optimizer = torch.optim.SGD(narrow.inner_parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"at least 8 channels into each strided 1x1 convolution, got 4 into student\."
+    ):
+        Trainer(narrow, stream(), optimizer, epochs=1, channels_last=True)
+
+
 def test_loss_falls_in_low_precision():
     for precision in ("bf16", "fp16"):
         trained = trainer(precision=precision)
@@ -239,7 +255,8 @@ def test_a_methods_own_factor_multiplies_the_rate():
     distiller = Falling(Net())
     optimizer = Watched(distiller.inner_parameters(), lr=0.2)
     decay = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.9)  # builds on the rate it finds
-    Trainer(distiller, stream(12), optimizer, epochs=2, scheduler=decay).run()
+    history = Trainer(distiller, stream(12), optimizer, epochs=2, scheduler=decay).run()
+    assert [record.lr for record in history.epochs] == pytest.approx([0.2 * 0.9**3, 0.2 * 0.9**6 * 0.5])
     assert used == pytest.approx([0.2 * 0.9**step * 0.5 ** (step // 3) for step in range(6)])
 
 
