@@ -1,11 +1,10 @@
 """The trainer: a distiller, batches and an optimizer become a trained student, and go on where they were stopped."""
 
 import copy
-import itertools
 import math
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +21,7 @@ from kdfast.methods.base import Distiller
 from kdfast.train import distributed
 from kdfast.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from kdfast.train.history import EpochRecord, History, StepRecord
-from kdfast.train.loop import Batch, Batches, accumulated_step, evaluate
+from kdfast.train.loop import Batch, Batches, accumulated_step, average, endless, evaluate, groups, undisturbed
 from kdfast.train.networks import to_channels_last
 from kdfast.train.teacher_cache import TeacherCache
 
@@ -109,6 +108,17 @@ class Trainer:
             raise ValueError(f"{type(distiller).__name__} has no meta-parameters; leave out the meta_optimizer.")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}.")
+        if meta and not learns:
+            raise ValueError("meta is of a meta_optimizer, got none; give one, or leave meta out.")
+        for name, value in (("epochs", epochs), ("evaluate_every", evaluate_every)):
+            if value < 1:
+                raise ValueError(f"{name} must be a number of epochs of at least 1, got {value}.")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(map(id, distiller.inner_parameters())):
+            raise ValueError(
+                f"The optimizer holds none of {type(distiller).__name__}'s parameters, so that nothing would be "
+                "trained; build it from distiller.inner_parameters()."
+            )
         if accumulate < 1:
             raise ValueError(f"accumulate must be a number of batches of at least 1, got {accumulate}.")
         if ema is not None and not 0 < ema < 1:
@@ -142,7 +152,7 @@ class Trainer:
         distributed.same_everywhere(distiller)
         self._ema = None
         if ema is not None:
-            self._ema = AveragedModel(distiller.export(), multi_avg_fn=partial(_average, ema), use_buffers=True)
+            self._ema = AveragedModel(distiller.export(), multi_avg_fn=partial(average, ema), use_buffers=True)
         if compile:
             for network in filter(None, (distiller.student, distiller.teacher)):
                 network.compile()
@@ -173,11 +183,11 @@ class Trainer:
             self._restore(self._resumed)
             self._resumed = None
         if learns and self._validation is None and self._engine.validation == "batch":
-            self._validation = _endless(validation_batches)
+            self._validation = endless(validation_batches)
         if self._engine is not None and not learns:
             self._engine.forget()
         start, images, self._waited = time.perf_counter(), 0, 0.0
-        for group in _groups(self._prepared(batches), self.accumulate):
+        for group in groups(self._prepared(batches), self.accumulate):
             record = self._run_step(group, learns)
             images += record.images
             if self.callback is not None:
@@ -259,7 +269,7 @@ class Trainer:
 
     def _evaluate(self, batches: Batches) -> tuple[float, float]:
         with self._autocast():
-            return evaluate(self.student, map(self._moved, _undisturbed(batches)))
+            return evaluate(self.student, map(self._moved, undisturbed(batches)))
 
     def _autocast(self) -> AbstractContextManager:
         return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
@@ -273,7 +283,7 @@ class Trainer:
 
     def _prepared(self, batches: Batches) -> Iterator[Batch]:
         """The batches, each with the teacher's outputs where those are cached: the stream knows it until the next."""
-        iterator = _undisturbed(batches)
+        iterator = undisturbed(batches)
         while (batch := self._next(iterator)) is not None:
             batch = self._moved(batch)
             with self._autocast():
@@ -377,36 +387,3 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """`load_state_dict` of a checkpoint file."""
         self.load_state_dict(load_checkpoint(path))
-
-
-@torch.no_grad()
-def _average(decay: float, averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-    """One update of the moving average, of tensors of one type; counters are taken over as they are."""
-    if averages[0].is_floating_point():
-        torch._foreach_lerp_(averages, values, 1 - decay)
-    else:
-        torch._foreach_copy_(averages, values)
-
-
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    batches = iter(batches)
-    while group := list(itertools.islice(batches, size)):
-        yield group
-
-
-def _undisturbed(batches: Batches) -> Iterator[Batch]:
-    """The batches, without letting the start of their workers draw from the global random state."""
-    state = torch.get_rng_state()
-    iterator = iter(batches)
-    torch.set_rng_state(state)
-    yield from iterator
-
-
-def _endless(batches: Batches) -> Iterator[Batch]:
-    empty = 0
-    while empty < 2:  # one that goes on from its end yields nothing once
-        empty += 1
-        for batch in _undisturbed(batches):
-            empty = 0
-            yield batch
-    raise ValueError("validation_batches must yield at least one batch, got none.")

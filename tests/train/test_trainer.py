@@ -260,6 +260,28 @@ def test_a_methods_own_factor_multiplies_the_rate():
     assert used == pytest.approx([0.2 * 0.9**step * 0.5 ** (step // 3) for step in range(6)])
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"epochs": 0}, "epochs must be a number of epochs of at least 1, got 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be a number of epochs of at least 1, got 0"),
+        ({"meta": {"every": 2}}, "meta is of a meta_optimizer, got none"),
+        ({"optimizer": torch.optim.SGD(Net().parameters(), 0.1)}, "The optimizer holds none of Alone's parameters"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options, sentence):
+    distiller = Alone(Net())
+    optimizer = options.pop("optimizer", None) or torch.optim.SGD(distiller.inner_parameters(), 0.1)
+    with pytest.raises(ValueError, match=sentence):
+        Trainer(distiller, stream(), optimizer, **{"epochs": 1, **options})
+
+
+def test_the_student_is_not_its_own_teacher():
+    network = Net()
+    with pytest.raises(ValueError, match="teacher must be a network of its own"):
+        MKD(network, network)
+
+
 def with_teacher(kind):
     import inspect
 
