@@ -147,8 +147,7 @@ class Trainer:
         if learns:
             self._engine = MetaKD(distiller, optimizer, meta_optimizer, scaler=self._scaler, **(meta or {}))
         if channels_last:
-            for network in filter(None, (distiller, distiller.teacher)):
-                to_channels_last(network)
+            to_channels_last(distiller)  # and with it its teacher, of which no gradient is taken
         distributed.same_everywhere(distiller)
         self._ema = None
         if ema is not None:

@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 
 from kdfast.data import ImageSet, Stream
 from kdfast.meta import Process
-from kdfast.methods import METHODS, MKD, Alone, DistPro
+from kdfast.methods import KD, METHODS, MKD, Alone, DistPro
 from kdfast.models import CifarResNet
 from kdfast.train.checkpoint import load_checkpoint, save_checkpoint, seed_everything
 from kdfast.train.loop import warmup_cosine
@@ -192,12 +193,14 @@ def test_moving_average_takes_counters_over():
 
 
 def test_channels_last_is_refused_where_it_would_damage_memory():
-    narrow = Alone(CifarResNet(8, (4, 8, 8), in_channels=1))
-    optimizer = torch.optim.SGD(narrow.inner_parameters(), lr=0.1)
-    with pytest.raises(
-        ValueError, match=r"at least 8 channels into each strided 1x1 convolution, got 4 into student\."
-    ):
-        Trainer(narrow, stream(), optimizer, epochs=1, channels_last=True)
+    narrow, wide = (CifarResNet(8, widths, in_channels=1, classes=3) for widths in ((4, 8, 8), (8, 8, 8)))
+    for student, teacher, refused in ((narrow, wide, True), (wide, narrow, False)):  # teachers have no gradient
+        distiller = KD(student.requires_grad_(True), teacher)
+        optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.1)
+        sentence = r"at least 8 channels into each strided 1x1 convolution, got 4 into student\."
+        with pytest.raises(ValueError, match=sentence) if refused else nullcontext():
+            Trainer(distiller, stream(), optimizer, epochs=1, channels_last=True).run()
+            assert teacher.stages[0][0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_loss_falls_in_low_precision():
