@@ -23,10 +23,9 @@ from kdfast.train.compare import TITLES, Recipe, Run, compare
 from kdfast.train.files import atomically
 from kdfast.train.networks import read_student, write_onnx
 from kdfast.train.progress import Watch
-from kdfast.train.recipes import RECIPES, as_rows, default_recipe
+from kdfast.train.recipes import RECIPES, as_rows, changed, default_recipe
 from kdfast.train.recipes import Recipe as TrainingRecipe
-from kdfast.train.report import table, write_report
-from kdfast.train.run import CHECKPOINT, Settings
+from kdfast.train.run import CHECKPOINT, SETTINGS, Settings
 from kdfast.train.run import Run as Training
 from kdfast.train.trainer import PRECISIONS
 
@@ -62,15 +61,6 @@ def _folder(context: click.Context, parameter: click.Parameter, value: Path) -> 
     return value
 
 
-def _device(context: click.Context, parameter: click.Parameter, value: str) -> torch.device:
-    if value.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        value = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        return usable(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
 @main.command("compare")
 @click.option("--data", type=click.Choice(["digits"]), default="digits", show_default=True, help="The images.")
 @click.option(
@@ -104,6 +94,8 @@ def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], 
 
     Under torchrun every training is all its processes', on the CPU.
     """
+    from kdfast.train.report import table, write_report  # not above: matplotlib would slow every command's start
+
     distributed.start(torch.device("cpu"))
     first = distributed.rank() == 0
     processes = processes if distributed.world_size() == 1 else 1
@@ -141,7 +133,7 @@ def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], 
             progress.update(task, description="writing the report")
             paths = write_report(comparison, out) if first else []
     except (ImportError, ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(_sentence(error)) from error
     finally:
         torch.set_num_threads(threads)
         distributed.stop()
@@ -150,7 +142,7 @@ def compare_command(data: str, out: Path, seeds: int, methods: tuple[str, ...], 
 
 
 @main.command()
-@click.argument("name", type=click.Choice(list(RECIPES)), required=False)
+@click.argument("name", type=click.Choice(list(RECIPES)), required=False, metavar="[NAME]")
 def recipes(name: str | None) -> None:
     """List the recipes of the papers, or every number of one."""
     if name is None:
@@ -161,7 +153,7 @@ def recipes(name: str | None) -> None:
 
 
 @main.command()
-@click.option("--classes", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--classes", type=click.IntRange(min=1), default=100, show_default=True, help="Of the last layer.")
 def models(classes: int) -> None:
     """List the networks, their parameters and the channels of their features."""
     rows = []
@@ -180,7 +172,6 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
 
 def _changed(recipe: TrainingRecipe, changes: tuple[str, ...]) -> TrainingRecipe:
     """The recipe with NAME=VALUE of its own fields, or else of its method's options."""
-    known = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     for change in changes:
         name, sign, text = change.partition("=")
         if not sign:
@@ -189,15 +180,25 @@ def _changed(recipe: TrainingRecipe, changes: tuple[str, ...]) -> TrainingRecipe
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text  # a word
-        if name in known and name not in ("method", "options", "source"):
-            recipe = dataclasses.replace(recipe, **{name: value})
-        else:
-            recipe = dataclasses.replace(recipe, options={**recipe.options, name: value})
+        try:
+            recipe = changed(recipe, name.strip(), value)
+        except ValueError as error:
+            raise click.UsageError(f"--set {change}: {error}") from error
     return recipe
 
 
-@main.command("train")
-@click.argument("method", type=click.Choice(list(METHODS)), required=False)
+def _sentence(error: Exception) -> str:
+    """What went wrong, without the number of an operating system's error but with its file."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}."
+
+
+@main.command(
+    "train",
+    help=f"Train a student by METHOD, which is one of {', '.join(METHODS)}; under torchrun, in several processes.",
+)
+@click.argument("method", type=click.Choice(list(METHODS)), required=False, metavar="METHOD")
 @click.option("--data", help="digits, cifar10:ROOT, cifar100:ROOT, folder:ROOT or tiny-imagenet:ROOT.")
 @click.option("--loader", type=click.Choice(LOADERS), default="auto", show_default=True, help="Back end of the data.")
 @click.option("--workers", type=click.IntRange(min=0), help="Threads or processes a loader; by default one a core.")
@@ -221,9 +222,13 @@ def _changed(recipe: TrainingRecipe, changes: tuple[str, ...]) -> TrainingRecipe
     "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Another number of the recipe or the method."
 )
 @click.option("--process", type=click.Path(), help="DistPro: follow this process instead of searching one.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, callback=_device)
-@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random numbers.")
+@click.option(
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu or cuda."
+)
+@click.option(
+    "--precision", type=click.Choice(list(PRECISIONS)), default="fp32", show_default=True, help="bf16, fp16: autocast."
+)
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches a step.")
 @click.option("--ema", type=float, help="Decay of a moving average of the student, which is then exported.")
 @click.option("--channels-last", is_flag=True, help="Memory layout of networks and images.")
@@ -234,7 +239,7 @@ def _changed(recipe: TrainingRecipe, changes: tuple[str, ...]) -> TrainingRecipe
 @click.option("--broken-limit", type=click.IntRange(min=1), default=100, show_default=True, help="Skipped at most.")
 @click.option("--evaluate-every", type=click.IntRange(min=1), default=1, show_default=True, help="Epochs.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps; by default each epoch.")
-@click.option("--tensorboard/--no-tensorboard", default=True, show_default=True)
+@click.option("--tensorboard/--no-tensorboard", default=True, show_default=True, help="Curves in OUT/tensorboard.")
 def train_command(
     method: str | None,
     data: str | None,
@@ -249,16 +254,16 @@ def train_command(
     tensorboard: bool,
     **others,
 ) -> None:
-    """Train a student by METHOD; under torchrun, in several processes."""
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(device)
-    distributed.start(device)
+    folder = resume or out
     try:
         if resume is not None:
-            settings, folder = Settings.load(resume), resume
+            _nothing_beside_resume()
+            settings = Settings.load(resume)
+            distributed.start(_device(settings.device))
             if not (folder / CHECKPOINT).exists():
                 click.echo(f"{folder} has no checkpoint yet: its training begins anew.")
         else:
+            distributed.start(_device(device))
             needed = {"METHOD": method, "--data": data, "--student": student, "--out": out}
             if missing := [name for name, value in needed.items() if not value]:
                 raise click.UsageError(f"A training needs {', '.join(missing)}; or --resume and its folder.")
@@ -266,12 +271,13 @@ def train_command(
             if recipe.method != method:
                 raise click.UsageError(f"The recipe {recipe_name} is of {recipe.method}, not of {method}.")
             recipe = _changed(recipe.scaled(epochs) if epochs else recipe, changes)
-            settings, folder = Settings(recipe, data, student, device=str(device), compile=compile_, **others), out
+            settings = Settings(recipe, data, student, device=device, compile=compile_, **others)
             if (folder / CHECKPOINT).exists():
                 raise click.UsageError(
                     f"{folder} holds a training already; go on with --resume {folder}, or name another --out."
                 )
             _folder(click.get_current_context(), None, folder)
+        settings = dataclasses.replace(settings, device=str(_device(settings.device)))
         first = distributed.rank() == 0
         console = Console(quiet=not first)
         if first:
@@ -281,10 +287,35 @@ def train_command(
             _print_rows(as_rows(settings.recipe))
         _train(settings, folder, console, tensorboard and first)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        said = isinstance(error, OSError) and error.strerror and not error.filename  # a sentence of our own
-        raise click.ClickException(str(error.strerror if said else error)) from error
+        raise click.ClickException(_sentence(error)) from error
+    except KeyboardInterrupt:
+        if folder is None or not (folder / SETTINGS).exists():
+            raise
+        kept = "from its last checkpoint" if (folder / CHECKPOINT).exists() else "anew, as there is no checkpoint yet"
+        click.echo(f"\nStopped. kdfast train --resume {folder} goes on {kept}.", err=True)
+        raise click.exceptions.Exit(130) from None  # as a shell reports it
     finally:
         distributed.stop()
+
+
+def _nothing_beside_resume() -> None:
+    """A training goes on as it was begun: what would be ignored is refused."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE
+        if given and parameter.name not in ("resume", "tensorboard"):
+            name = "METHOD" if isinstance(parameter, click.Argument) else parameter.opts[0]
+            raise click.UsageError(f"--resume goes on with the settings of its folder; leave out {name}.")
+
+
+def _device(name: str) -> torch.device:
+    """The device of this name; of several processes on GPUs each takes its own."""
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = usable(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def _train(settings: Settings, folder: Path, console: Console, tensorboard: bool) -> None:
@@ -324,7 +355,7 @@ def export(trained: Path, which: str, out: Path | None, onnx: Path | None) -> No
         if onnx is not None:
             write_onnx(onnx, network, tuple(about["shape"]))
     except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(_sentence(error)) from error
     accuracy = "not measured" if about["accuracy"] is None else f"{100 * about['accuracy']:.2f} % of the test images"
     click.echo(f"{about['network']}, {about['classes']} classes, epoch {about['epoch'] + 1}: {accuracy}")
 

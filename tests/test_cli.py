@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from kdfast.cli import _device as device_here
 from kdfast.cli import main
 from kdfast.meta import Process
 from kdfast.models import CifarResNet
@@ -73,11 +75,12 @@ def test_compare_runs_the_methods_named(tmp_path):
         (("--epochs", "0"), "0 is not in the range x>=1"),
         (("--methods", "alone,fitnet"), "'fitnet' is none of alone, kd,"),
         (("--methods", ""), "'' is none of alone, kd,"),
+        (("--epochs", "3"), "stagewise needs at least an epoch a phase, 4 in all, got 3"),
     ],
 )
 def test_bad_options_are_one_sentence(tmp_path, arguments, sentence):
     result = invoke("compare", "--out", str(tmp_path), *arguments)
-    assert result.exit_code == 2
+    assert result.exit_code in (1, 2)
     assert sentence in result.output and "Traceback" not in result.output
 
 
@@ -189,7 +192,31 @@ def test_export_writes_the_bare_state_and_onnx(trained, tmp_path):
         (("kd", *SMALL, *STUDENT), "kd needs a teacher; train one with 'kdfast train alone'"),
         (("kd", *SMALL, *STUDENT, "--teacher", "resnet20"), "The teacher resnet20 has no trained weights"),
         (("alone", *SMALL, *STUDENT, "--teacher", "resnet20"), "alone takes no teacher, got resnet20"),
-        (("alone", *SMALL, *STUDENT, "--set", "scale=1"), "alone has no option 'scale', only task_loss"),
+        (("alone", *SMALL, *STUDENT, "--set", "scale=1"), "Neither the recipe nor alone has a 'scale'"),
+        (("alone", *SMALL, *STUDENT, "--set", "lrr=0.1"), "has a 'lrr' (did you mean lr?)"),
+        (
+            ("alone", *SMALL, *STUDENT, "--set", "lr=fast"),
+            "--set lr=fast: lr must be a number of at least 0, got 'fast'",
+        ),
+        (("alone", *SMALL, *STUDENT, "--set", "optimizer=adam"), "optimizer must be one of sgd, adamw, got 'adam'"),
+        (("alone", *SMALL, *STUDENT, "--set", "schedule=step"), "one of steps, cosine, constant, got 'step'"),
+        (
+            ("alone", *SMALL, *STUDENT, "--set", "milestones=1"),
+            "milestones must be epochs such as (150, 180, 210), got 1",
+        ),
+        (("alone", *SMALL, *STUDENT, "--set", "epochs=0"), "epochs must be a whole number of at least 1, got 0"),
+        (("alone", *SMALL, *STUDENT, "--set", "nesterov=maybe"), "nesterov must be True or False, got 'maybe'"),
+        (("alone", *SMALL, *STUDENT, "--set", "meta={'evry': 5}"), "meta must be options of kdfast.MetaKD (tangent,"),
+        (("alone", *SMALL, *STUDENT, "--set", "task_loss=x"), "nor alone has a 'task_loss'"),
+        (("alone", *SMALL, *STUDENT, "--set", "meta_optimizer=adam"), "alone learns no meta-parameters"),
+        (("kd", *SMALL, *STUDENT, "--set", "temperature=hot"), "temperature must be a number, got 'hot'"),
+        (
+            ("alone", *SMALL, *STUDENT, "--device", "gpu"),
+            "device must be one that this torch can use here, got 'gpu'",
+        ),
+        (("alone", *SMALL, "--student", "resnet8(wdths=(2,2,2))"), "resnet8 cannot be made with these options"),
+        (("alone", *SMALL, "--student", "resnet8(classes=3)"), "resnet8 cannot be made with these options"),
+        (("alone", *SMALL, "--student", "."), "is a folder; name a file in it, as last.safetensors"),
         (("alone", *SMALL, *STUDENT, "--set", "lr"), "--set needs NAME=VALUE, got 'lr'"),
         (("alone", *SMALL, *STUDENT, "--recipe", "kd-cifar100"), "kd-cifar100 is of kd, not of alone"),
         (("alone", *SMALL, *STUDENT, "--process", "x"), "Only distpro follows a process"),
@@ -228,6 +255,83 @@ def test_a_training_is_never_overwritten(trained):
     assert result.exit_code == 2 and "holds a training already; go on with --resume" in " ".join(result.output.split())
     assert (trained / "teacher/checkpoint.safetensors").read_bytes() == before
     assert "no settings.json" in invoke("train", "--resume", str(trained)).output
+
+
+def test_stagewise_takes_its_own_schedule_by_that_name(trained, tmp_path):
+    """The recipe has a field of this name as well; the value says whose it is."""
+    arguments = (
+        "train", "stagewise", "--data", "digits", "--no-tensorboard", "--set", "augment=none", *STUDENT, "--teacher",
+        str(trained / "teacher/last.safetensors"), "--epochs", "4", "--set", "schedule=(1, 1, 1)",
+        "--out", str(tmp_path / "run"),
+    )  # fmt: skip
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    recipe = json.loads((tmp_path / "run/settings.json").read_text())["recipe"]
+    assert (recipe["schedule"], recipe["options"]) == ("constant", {"schedule": [1, 1, 1]})
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (("kd",), "METHOD"),
+        (("--epochs", "9"), "--epochs"),
+        (("--set", "lr=1"), "--set"),
+        (("--device", "cpu"), "--device"),
+    ],
+)
+def test_nothing_is_ignored_beside_resume(trained, more, name):
+    before = (trained / "teacher/checkpoint.safetensors").read_bytes()
+    result = invoke("train", *more, "--resume", str(trained / "teacher"), "--no-tensorboard")
+    assert result.exit_code == 2 and f"leave out {name}." in " ".join(result.output.split())
+    assert (trained / "teacher/checkpoint.safetensors").read_bytes() == before
+
+
+def test_finished_training_is_resumed_to_the_same_files(trained, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained / "teacher", folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = invoke("train", "--resume", str(folder), "--no-tensorboard")
+    assert result.exit_code == 0 and "last epoch: 1" in result.output
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_settings_of_another_version_are_one_sentence(trained, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained / "teacher", folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    for change in ({"option_to_come": 1}, {"recipe": {**settings["recipe"], "method": "method_to_come"}}):
+        (folder / "settings.json").write_text(json.dumps({**settings, **change}))
+        result = invoke("train", "--resume", str(folder), "--no-tensorboard")
+        assert result.exit_code == 1 and "to_come" in result.output and result.output.count("Error") == 1
+
+
+def test_each_process_takes_its_own_gpu_also_when_it_goes_on(monkeypatch):
+    taken = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("kdfast.cli.usable", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert device_here("cuda:0") == torch.device("cuda", 1) == taken[0]  # the first process wrote cuda:0
+    assert device_here("cpu") == torch.device("cpu")
+
+
+def test_stopped_by_hand_says_how_to_go_on(tmp_path, monkeypatch):
+    def stopped(self, record):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdfast.train.progress.Watch.epoch", stopped)
+    arguments = ("train", "alone", *SMALL[:-2], *STUDENT, "--epochs", "2", "--checkpoint-every", "2")
+    result = invoke(*arguments, "--out", str(tmp_path / "run"))
+    assert result.exit_code == 130
+    said = " ".join(result.output.split())
+    assert f"kdfast train --resume {tmp_path / 'run'} goes on from its last checkpoint" in said.replace("\n", " ")
+    monkeypatch.undo()
+    assert invoke("train", "--resume", str(tmp_path / "run"), "--no-tensorboard").exit_code == 0
+
+
+def test_help_starts_without_what_it_does_not_need():
+    loaded = "import sys, kdfast.cli; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"matplotlib", "sklearn", "scipy", "torchvision", "timm", "tensorboard", "onnx"} & set(modules)
 
 
 def test_spoilt_processes_are_one_sentence(trained, tmp_path):

@@ -92,9 +92,11 @@ def temperature(name: str, value: float | Tensor, logits: Tensor) -> tuple[float
     if not isinstance(value, Tensor):
         return positive(name, value, "number or a tensor"), None
     if not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}.")
+        raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}; pass {name}.float().")
     if value.device != logits.device:
-        raise ValueError(f"{name} must be on the logits' device {logits.device}, got {value.device}.")
+        raise ValueError(
+            f"{name} must be on the logits' device {logits.device}, got {value.device}; move it with .to(device)."
+        )
     if value.numel() != 1 and value.shape not in (logits.shape[:-1], (*logits.shape[:-1], 1)):
         raise ValueError(
             f"{name} must hold one value or one a row [{', '.join(map(str, logits.shape[:-1]))}], got {_shape(value)}."
@@ -111,13 +113,18 @@ def labels(labels: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor
     if labels is None:
         return None, None
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor of class indices or probabilities, got {type(labels).__name__}.")
+        out = "; temperatures go by name: student_temperature=4.0" if isinstance(labels, (int, float)) else ""
+        came = type(labels).__name__
+        raise TypeError(f"labels must be a tensor of class indices or probabilities, got {came}{out}.")
     if labels.device != logits.device:
-        raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}.")
+        raise ValueError(
+            f"labels must be on the logits' device {logits.device}, got {labels.device}; move them with .to(device)."
+        )
     if labels.is_floating_point():
         if labels.shape != logits.shape:
             raise ValueError(
-                f"labels given as probabilities must have the logits' shape {_shape(logits)}, got {_shape(labels)}."
+                f"labels given as probabilities must have the logits' shape {_shape(logits)}, got {_shape(labels)}"
+                f"{'; class indices are integers: pass labels.long()' if labels.dim() < logits.dim() else ''}."
             )
         if labels.requires_grad:
             raise ValueError("labels have no gradient here; pass labels.detach(), or learn them as teacher_logits.")
@@ -125,9 +132,13 @@ def labels(labels: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor
     if labels.dtype == torch.bool or labels.is_complex():
         raise TypeError(f"labels must be integer class indices or floating point probabilities, got {labels.dtype}.")
     if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels given as class indices must be [{', '.join(map(str, logits.shape[:-1]))}], got {_shape(labels)}."
-        )
+        out = ""
+        if labels.shape == logits.shape:
+            out = "; one-hot labels are probabilities: pass labels.float()"
+        elif labels.shape == logits.shape[:1] + logits.shape[2:]:  # cross_entropy's order
+            out = "; classes come last here: pass student_logits.movedim(1, -1), the teacher's likewise"
+        rows = ", ".join(map(str, logits.shape[:-1]))
+        raise ValueError(f"labels given as class indices must be [{rows}], got {_shape(labels)}{out}.")
     return labels if labels.dtype == torch.int64 else labels.to(torch.int64), None
 
 
@@ -136,7 +147,9 @@ def row_weight(weight: Tensor, logits: Tensor) -> Tensor:
         came = _shape(weight) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"weight must hold one value a row [{', '.join(map(str, logits.shape[:-1]))}], got {came}.")
     if weight.device != logits.device:
-        raise ValueError(f"weight must be on the logits' device {logits.device}, got {weight.device}.")
+        raise ValueError(
+            f"weight must be on the logits' device {logits.device}, got {weight.device}; move it with .to(device)."
+        )
     return weight.reshape(-1).to(accumulate_dtype(logits.dtype))
 
 

@@ -49,7 +49,8 @@ def kd_loss(
     temperatures where these are tensors that require them; second order and forward mode are exact.
 
     Args:
-        student_logits: ``[..., classes]``, any floating type. A logit of ``-inf`` masks its class.
+        student_logits: ``[..., classes]``, any floating type. A logit of ``-inf`` masks its class. The classes come
+            last: of a map ``[batch, classes, height, width]`` pass ``.movedim(1, -1)``.
         teacher_logits: same shape. Give it detached (or under ``no_grad``) unless it should learn too.
         labels: class indices ``[...]`` in ``[0, classes)`` or ``ignore_index``, or probabilities
             ``[..., classes]`` (mixup, cutmix). An ignored row counts for nothing, distillation included.

@@ -52,6 +52,7 @@ def generalized_jsd_loss(
     beta: float = 0.5,
     temperature: float = 1.0,
     reduction: str = "batchmean",
+    num_items_in_batch: int | Tensor | None = None,  # a scalar
 ) -> Tensor:  # scalar
     """The generalised Jensen-Shannon divergence, with the arguments of TRL's function of this name.
 
@@ -67,6 +68,8 @@ def generalized_jsd_loss(
         reduction: ``"batchmean"`` divides the sum by the number of positions that count where labels are given, and by
             the size of the first dimension where not; ``"mean"`` by the number of positions that count times the
             classes; ``"sum"``.
+        num_items_in_batch: what ``"batchmean"`` divides the sum by instead, > 0: the positions of all the batches that
+            a step is accumulated of.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 logits); 0 where no position counts.
@@ -83,15 +86,21 @@ def generalized_jsd_loss(
     """
     check.fraction("beta", beta)
     check.choice("reduction", reduction, ("batchmean", "mean", "sum"))
-    if labels is not None and labels.is_floating_point():
-        raise TypeError(f"labels must be class indices, got {labels.dtype}.")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.is_floating_point()):
+        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of class indices, got {came}.")
+    counted = num_items_in_batch is not None
+    if counted and reduction != "batchmean":
+        raise ValueError(f"num_items_in_batch belongs to reduction='batchmean', got reduction={reduction!r}.")
     if 0 < beta < 1:
         options = {"divergence": "jsd", "beta": beta}
     else:
         options = {"divergence": "forward_kl" if beta == 0 else "reverse_kl"}
-    per_position = reduction == "mean" or (reduction == "batchmean" and labels is not None)
+    per_position = reduction == "mean" or (reduction == "batchmean" and labels is not None and not counted)
     loss = kd_loss(
         student_logits, teacher_logits, labels, alpha=0.0, student_temperature=temperature, scale="none",
-        reduction="mean" if per_position else reduction, **options,
+        reduction="mean" if per_position else "sum" if counted else reduction, **options,
     )  # fmt: skip
+    if counted:
+        return loss / num_items_in_batch
     return loss / student_logits.shape[-1] if reduction == "mean" else loss

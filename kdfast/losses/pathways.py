@@ -171,13 +171,19 @@ def _weights(weights, students: list[Tensor]) -> Tensor:  # [pathways]
     if weights is None:
         return torch.ones(count, dtype=dtype, device=students[0].device)
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=dtype, device=students[0].device)
+        try:
+            weights = torch.tensor(weights, dtype=dtype, device=students[0].device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"weights must hold one number a pathway [{count}], got {weights!r}.") from error
     if weights.shape != (count,) or not weights.is_floating_point():
         raise ValueError(
             f"weights must hold one number a pathway [{count}], got {weights.dtype} {list(weights.shape)}."
         )
     if weights.device != students[0].device:
-        raise ValueError(f"weights must be on the maps' device {students[0].device}, got {weights.device}.")
+        raise ValueError(
+            f"weights must be on the maps' device {students[0].device}, got {weights.device}; move them with "
+            ".to(device)."
+        )
     return weights.to(dtype)
 
 

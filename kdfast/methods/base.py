@@ -43,6 +43,8 @@ class Distiller(nn.Module):
         for name, loss in (("task_loss", task_loss), ("validation_loss", validation_loss)):
             if not callable(loss) and (loss is not None or name == "task_loss"):
                 raise TypeError(f"{name} must be a function of (logits, targets), got {type(loss).__name__}.")
+        if teacher is student:
+            raise ValueError("teacher must be a network of its own, got the student itself, which it would freeze.")
         self.student, self.task_loss, self._validation_loss = student, task_loss, validation_loss
         self._teacher = (teacher,)  # in a tuple, so that nn.Module does not register it
         if teacher is not None:

@@ -55,11 +55,14 @@ class DistPro(FeatureDistiller):
 
     Example:
         >>> distiller = DistPro(student, teacher)
+        >>> optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.1, momentum=0.9)
+        >>> meta_optimizer = torch.optim.Adam(distiller.meta_parameters(), lr=0.05)
         >>> process = Process(distiller.pathways)
         >>> for train_batch, validation_batch in search:
         ...     process.record(distiller.weights(), distiller.weights.raw)
         ...     meta_kd_step(distiller, train_batch, validation_batch, optimizer, meta_optimizer)
         >>> final = DistPro(fresh_student, teacher)
+        >>> optimizer = torch.optim.SGD(final.inner_parameters(), lr=0.1, momentum=0.9)
         >>> final.follow(process.resample(steps))
         >>> for step, batch in enumerate(training):
         ...     final.set_step(step)

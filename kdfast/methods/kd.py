@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kdfast.losses import _checks as check
 from kdfast.losses.kd_kl import kd_loss
 from kdfast.methods.base import Distiller, Loss
 
@@ -53,7 +54,8 @@ class KD(Distiller):
         validation_loss: Loss | None = None,
     ):
         super().__init__(student, teacher, task_loss=task_loss, validation_loss=validation_loss)
-        self.alpha, self.temperature = alpha, temperature
+        check.fraction("alpha", alpha)
+        self.alpha, self.temperature = alpha, check.positive("temperature", temperature)
 
     def losses(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kdfast.losses import _checks as check
 from kdfast.losses.incorrect_brier import incorrect_brier
 from kdfast.losses.kd_kl import kd_loss
 from kdfast.methods.base import Distiller, Loss
@@ -101,6 +102,7 @@ class MKD(Distiller):
 
     Example:
         >>> distiller = MKD(student, teacher)
+        >>> optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.05, momentum=0.9)
         >>> meta_optimizer = torch.optim.AdamW(distiller.meta_parameters(), lr=3e-4)
         >>> meta_kd_step(distiller, (x, y), (x_val, y_val), optimizer, meta_optimizer)
         >>> tau_s, tau_t = distiller.temperatures()
@@ -133,6 +135,7 @@ class MKD(Distiller):
         self.temperatures = Temperatures(initial_temperature, span, learn, mlp)
         self.meta_objective = meta_objective
         self.alpha = (0.5 if distillation_token else 0.0) if alpha is None else alpha
+        check.fraction("alpha", self.alpha)
         if distillation_token and self.alpha == 0:
             raise ValueError(
                 "alpha must be above 0 with a distillation token: the task loss alone trains the class token."

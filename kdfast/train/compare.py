@@ -2,6 +2,7 @@
 
 import inspect
 import multiprocessing
+import signal
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -190,8 +191,15 @@ def compare(
 
     Raises:
         ImportError: without scikit-learn, which carries the digits; it names the command that installs it.
+        ValueError: for fewer epochs than a method has phases.
     """
     split = load_digits(recipe.train_per_class, recipe.validation_per_class)
+    phases = len(recipe.student_widths) + 1
+    if "stagewise" in methods and recipe.epochs < phases:
+        raise ValueError(
+            f"stagewise needs at least an epoch a phase, {phases} in all, got {recipe.epochs}; take more, or leave it "
+            "out of the methods."
+        )
     bench = _Bench(recipe, split, evaluate_on, folder)
     with torch.random.fork_rng(devices=[]):
         teacher, teacher_run = bench.teacher(seeds[0])
@@ -204,11 +212,19 @@ def compare(
                 on_run(_training(name, seed), results[name, seed])
         else:
             spawn = multiprocessing.get_context("spawn")  # a fork would take over the thread pools' locks
-            with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
+            others = set(multiprocessing.active_children())
+            with ProcessPoolExecutor(processes, spawn, _begin_process) as pool:
                 waiting = {pool.submit(bench.run, name, teacher, seed): (name, seed) for name, seed in trainings}
-                for done in as_completed(waiting):
-                    results[waiting[done]] = done.result()
-                    on_run(_training(*waiting[done]), done.result())
+                try:
+                    for done in as_completed(waiting):
+                        results[waiting[done]] = done.result()
+                        on_run(_training(*waiting[done]), done.result())
+                except BaseException:  # one failed, or Ctrl-C: the pool would first do all that is left
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for child in set(multiprocessing.active_children()) - others:
+                        child.terminate()
+                        child.join()
+                    raise
         networks = {"teacher": teacher, "student": bench.student(seeds[0])}
     return Comparison(
         recipe=recipe,
@@ -220,6 +236,11 @@ def compare(
         parameters={name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
         runs={name: [results[name, seed] for seed in seeds] for name in methods},
     )
+
+
+def _begin_process() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to act on
 
 
 def _training(method: str, seed: int) -> str:

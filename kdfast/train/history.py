@@ -39,7 +39,7 @@ class EpochRecord:
         epoch: counts from 0.
         steps: done since the start of the training.
         parts: the loss's parts, means over the epoch's steps.
-        lr: after the last step, of the first parameter group.
+        lr: after the last step, of the first parameter group, times the method's own factor where it has one.
         accuracy: of the student on the evaluation images, in [0, 1]; None where it was not measured.
         validation_accuracy, validation_loss: of held-out images that train nothing; None without them.
         seconds: of the epoch, without evaluation; after an interruption of the part since.

@@ -1,7 +1,8 @@
 """The pieces of a training loop: an ordinary step, schedules of the learning rate, accuracy."""
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -140,3 +141,38 @@ def accuracy(
     """Share of the inputs whose largest logit, of the student as it is exported, is the target's, in [0, 1]."""
     batches = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
     return evaluate(distiller.export(), batches)[0]
+
+
+@torch.no_grad()
+def average(decay: float, averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+    """One update of the moving average, of tensors of one type; counters are taken over as they are."""
+    if averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, values, 1 - decay)
+    else:
+        torch._foreach_copy_(averages, values)
+
+
+def groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """So many batches at a time, fewer at the end."""
+    batches = iter(batches)
+    while group := list(itertools.islice(batches, size)):
+        yield group
+
+
+def undisturbed(batches: Batches) -> Iterator[Batch]:
+    """The batches, without letting the start of their workers draw from the global random state."""
+    state = torch.get_rng_state()
+    iterator = iter(batches)
+    torch.set_rng_state(state)
+    yield from iterator
+
+
+def endless(batches: Batches) -> Iterator[Batch]:
+    """The batches, started anew whenever they end."""
+    empty = 0
+    while empty < 2:  # one that goes on from its end yields nothing once
+        empty += 1
+        for batch in undisturbed(batches):
+            empty = 0
+            yield batch
+    raise ValueError("validation_batches must yield at least one batch, got none.")

@@ -1,6 +1,7 @@
 """Networks by a description on the command line, and students as files that plain PyTorch loads."""
 
 import ast
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from kdfast.models import create
 from kdfast.train.files import atomically, read_tensors, write_tensors
 
 KIND = "kdfast student 1"
+ONEDNN_BLOCK = 8  # fp32 numbers in a vector of AVX2, where it was seen
 
 
 def network_of(description: str, *, classes: int, in_channels: int, trained: bool = False) -> nn.Module:
@@ -29,6 +31,8 @@ def network_of(description: str, *, classes: int, in_channels: int, trained: boo
         >>> network_of("resnet8(widths=(8, 16, 16))", classes=10, in_channels=1)
     """
     name, file = _name_and_file(description)
+    if name and Path(name).is_dir():
+        raise ValueError(f"{name} is a folder; name a file in it, as {Path(name) / 'last.safetensors'}.")
     if name:
         plain, options = _parsed(name)
         given = any(options.get(option) for option in ("pretrained", "weights", "checkpoint_path"))
@@ -38,9 +42,9 @@ def network_of(description: str, *, classes: int, in_channels: int, trained: boo
                 f"trained, or {plain}=FILE.safetensors."
             )
     if not file:
-        return create(plain, classes, in_channels, **options)
+        return _created(plain, classes, in_channels, options)
     if name:
-        network, weights = create(plain, classes, in_channels, **options), foreign_weights(Path(file))
+        network, weights = _created(plain, classes, in_channels, options), foreign_weights(Path(file))
     else:
         network, weights, about = read_student(Path(file))
         if (about["classes"], about["shape"][0]) != (classes, in_channels):
@@ -62,7 +66,7 @@ def read_student(path: Path) -> tuple[nn.Module, dict[str, Tensor], dict[str, An
     plain, options = _parsed(about["network"])
     options.pop("pretrained", None)  # its weights are in the file
     options.pop("weights", None)
-    network = create(plain, about["classes"], about["shape"][0], **options)
+    network = _created(plain, about["classes"], about["shape"][0], options)
     _load(network, weights, path)
     return network, weights, about
 
@@ -85,16 +89,41 @@ def write_onnx(path: Path, network: nn.Module, shape: tuple[int, int, int]) -> P
         raise ImportError(
             f"ONNX export needs {error.name}, which is not installed; run: pip install onnx onnxscript"
         ) from error
-    program = torch.onnx.export(
-        network.eval(),
-        (torch.zeros(2, *shape),),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporter warns of itself
+        program = torch.onnx.export(
+            network.eval(),
+            (torch.zeros(2, *shape),),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
     return atomically(path, lambda aside: program.save(aside))
+
+
+def to_channels_last(network: nn.Module) -> None:
+    """Give the network's convolutions the channels-last memory layout.
+
+    Raises:
+        ValueError: for a network whose gradient oneDNN, which PyTorch has on the CPU, would write past its memory in
+            (github.com/uxlfoundation/oneDNN/issues/6035: strided 1x1 convolutions of fewer channels than a vector).
+    """
+    for name, module in network.named_modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.weight.device.type == "cpu"
+            and module.kernel_size == (1, 1)
+            and max(module.stride) > 1
+            and module.in_channels < ONEDNN_BLOCK
+        ):
+            raise ValueError(
+                f"channels_last on the CPU needs at least {ONEDNN_BLOCK} channels into each strided 1x1 convolution, "
+                f"got {module.in_channels} into {name}, where PyTorch's gradient would damage memory; leave "
+                "channels_last out, or take a wider network."
+            )
+    network.to(memory_format=torch.channels_last)
 
 
 def foreign_weights(path: Path) -> dict[str, Tensor]:
@@ -106,6 +135,15 @@ def foreign_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a safetensors file of weights ({error}).") from error
+
+
+def _created(name: str, classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
+    """`create`, whose failures, of three libraries, become one sentence."""
+    try:
+        return create(name, classes, in_channels, **options)
+    except (TypeError, RuntimeError, KeyError) as error:  # an option it has not; a name that timm has not
+        first = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(f"{name} cannot be made with these options ({first}).") from error
 
 
 def _load(network: nn.Module, weights: dict[str, Tensor], file: Any) -> None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kdfast.data import Stream, Streams, loaders
+from kdfast.data.streams import usable
 from kdfast.meta import Process
 from kdfast.methods import METHODS, Distiller
 from kdfast.models import Tapped
@@ -31,7 +32,7 @@ from kdfast.train.files import atomically, write_json
 from kdfast.train.history import EpochRecord, StepRecord
 from kdfast.train.loop import step_decay, warmup_cosine
 from kdfast.train.networks import bare_name, network_of, write_student
-from kdfast.train.recipes import Recipe
+from kdfast.train.recipes import Recipe, check_options
 from kdfast.train.teacher_cache import TeacherCache, in_bytes
 from kdfast.train.trainer import Trainer
 
@@ -94,7 +95,10 @@ class Settings:
         except FileNotFoundError as error:
             raise ValueError(f"{folder} must be a folder of kdfast train, but it has no {SETTINGS}.") from error
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} was cut short or edited ({error}); use another copy.") from error
+            raise ValueError(
+                f"{path} was cut short, edited, or written by another version of kdfast ({error}); use another copy, "
+                "or that version."
+            ) from error
 
 
 class Run:
@@ -124,7 +128,7 @@ class Run:
     ):
         recipe = settings.recipe
         self.settings, self.folder, self._told = settings, folder, on_epoch
-        device = torch.device(settings.device)
+        device = usable(settings.device)
         seed_everything(settings.seed)
         self.streams = self._loaders()
         self.distiller = self._distiller().to(device)
@@ -133,7 +137,7 @@ class Run:
         searches = learns and recipe.method == "distpro"
         lengths = [math.ceil(len(self.streams.train) / settings.accumulate)] * recipe.epochs
         if recipe.halves and learns:
-            half = len(self.streams.halves(settings.seed)[0])
+            half = math.ceil(len(self.streams.halves(settings.seed)[0]) / settings.accumulate)
             learns_in = getattr(self.distiller, "learns_in", lambda epoch: True)
             lengths = [half if learns_in(epoch) else steps for epoch, steps in enumerate(lengths)]
         self.ends = [0, *itertools.accumulate(lengths)]  # steps done before each epoch, and at the end
@@ -267,10 +271,7 @@ class Run:
             networks.append(self._network(settings.teacher, settings.teacher_layers, trained=True))
         elif unwanted := settings.teacher or settings.teacher_layers:
             raise ValueError(f"{recipe.method} takes no teacher, got {unwanted}; leave it out.")
-        unknown = sorted(set(recipe.options) - set(parameters))
-        if unknown and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-            known = ", ".join(name for name in parameters if name not in ("student", "teacher"))
-            raise ValueError(f"{recipe.method} has no option {unknown[0]!r}, only {known}.")
+        check_options(recipe.method, recipe.options)
         given = dict(recipe.options)
         if "peer" in parameters:
             given["peer"] = self._network(settings.student, settings.student_layers)
@@ -313,9 +314,17 @@ class Run:
 
     def _meta_optimizer(self) -> torch.optim.Optimizer:
         recipe = self.settings.recipe
+        parameters = list(self.distiller.meta_parameters())
+        if not parameters:
+            raise ValueError(f"{recipe.method} learns no meta-parameters; leave its recipe's meta_optimizer at None.")
+        if not (recipe.held_out or recipe.halves or recipe.meta.get("validation") == "rolling"):
+            raise ValueError(
+                f"{recipe.method} learns its meta-parameters on images that are held out, got held_out 0; hold some "
+                "out (held_out=0.1), or learn on the next training batch (meta={'validation': 'rolling'})."
+            )
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.meta_optimizer]
         options = {"lr": recipe.meta_lr, "betas": recipe.meta_betas, "weight_decay": recipe.meta_weight_decay}
-        return kind(self.distiller.meta_parameters(), **options)
+        return kind(parameters, **options)
 
     def _scheduler(self, optimizer: torch.optim.Optimizer):
         recipe = self.settings.recipe

@@ -1,26 +1,28 @@
 """The trainer: a distiller, batches and an optimizer become a trained student, and go on where they were stopped."""
 
 import copy
-import itertools
 import math
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from kdfast.meta import MetaKD, Process
 from kdfast.methods.base import Distiller
 from kdfast.train import distributed
 from kdfast.train.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from kdfast.train.history import EpochRecord, History, StepRecord
-from kdfast.train.loop import Batch, Batches, accumulated_step, evaluate
+from kdfast.train.loop import Batch, Batches, accumulated_step, average, endless, evaluate, groups, undisturbed
+from kdfast.train.networks import to_channels_last
 from kdfast.train.teacher_cache import TeacherCache
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,6 +108,17 @@ class Trainer:
             raise ValueError(f"{type(distiller).__name__} has no meta-parameters; leave out the meta_optimizer.")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}.")
+        if meta and not learns:
+            raise ValueError("meta is of a meta_optimizer, got none; give one, or leave meta out.")
+        for name, value in (("epochs", epochs), ("evaluate_every", evaluate_every)):
+            if value < 1:
+                raise ValueError(f"{name} must be a number of epochs of at least 1, got {value}.")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(map(id, distiller.inner_parameters())):
+            raise ValueError(
+                f"The optimizer holds none of {type(distiller).__name__}'s parameters, so that nothing would be "
+                "trained; build it from distiller.inner_parameters()."
+            )
         if accumulate < 1:
             raise ValueError(f"accumulate must be a number of batches of at least 1, got {accumulate}.")
         if ema is not None and not 0 < ema < 1:
@@ -134,13 +147,11 @@ class Trainer:
         if learns:
             self._engine = MetaKD(distiller, optimizer, meta_optimizer, scaler=self._scaler, **(meta or {}))
         if channels_last:
-            for network in filter(None, (distiller, distiller.teacher)):
-                network.to(memory_format=torch.channels_last)
+            to_channels_last(distiller)  # and with it its teacher, of which no gradient is taken
         distributed.same_everywhere(distiller)
         self._ema = None
         if ema is not None:
-            average = get_ema_multi_avg_fn(ema)
-            self._ema = AveragedModel(distiller.export(), multi_avg_fn=average, use_buffers=True)
+            self._ema = AveragedModel(distiller.export(), multi_avg_fn=partial(average, ema), use_buffers=True)
         if compile:
             for network in filter(None, (distiller.student, distiller.teacher)):
                 network.compile()
@@ -171,11 +182,11 @@ class Trainer:
             self._restore(self._resumed)
             self._resumed = None
         if learns and self._validation is None and self._engine.validation == "batch":
-            self._validation = _endless(validation_batches)
+            self._validation = endless(validation_batches)
         if self._engine is not None and not learns:
             self._engine.forget()
         start, images, self._waited = time.perf_counter(), 0, 0.0
-        for group in _groups(self._prepared(batches), self.accumulate):
+        for group in groups(self._prepared(batches), self.accumulate):
             record = self._run_step(group, learns)
             images += record.images
             if self.callback is not None:
@@ -234,12 +245,13 @@ class Trainer:
             accuracy, _ = self._evaluate(self.evaluation)
         if self.meta_optimizer is None and self.validation_batches is not None:
             validation_accuracy, validation_loss = self._evaluate(self.validation_batches)
-        self.distiller.end_epoch(validation_loss)
+        rate = float(self.optimizer.param_groups[0]["lr"]) * getattr(self.distiller, "lr_factor", 1.0)
+        self.distiller.end_epoch(validation_loss)  # which may change the factor
         record = EpochRecord(
             epoch=self.epoch,
             steps=self.step,
             parts=parts,
-            lr=float(self.optimizer.param_groups[0]["lr"]),
+            lr=rate,
             accuracy=accuracy,
             validation_accuracy=validation_accuracy,
             validation_loss=validation_loss,
@@ -256,7 +268,7 @@ class Trainer:
 
     def _evaluate(self, batches: Batches) -> tuple[float, float]:
         with self._autocast():
-            return evaluate(self.student, map(self._moved, _undisturbed(batches)))
+            return evaluate(self.student, map(self._moved, undisturbed(batches)))
 
     def _autocast(self) -> AbstractContextManager:
         return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
@@ -270,7 +282,7 @@ class Trainer:
 
     def _prepared(self, batches: Batches) -> Iterator[Batch]:
         """The batches, each with the teacher's outputs where those are cached: the stream knows it until the next."""
-        iterator = _undisturbed(batches)
+        iterator = undisturbed(batches)
         while (batch := self._next(iterator)) is not None:
             batch = self._moved(batch)
             with self._autocast():
@@ -348,7 +360,7 @@ class Trainer:
                 if part is not None:
                     part.load_state_dict(copy.deepcopy(state[name]))
             except (RuntimeError, ValueError) as error:  # PyTorch's long list of keys and shapes
-                first = str(error).strip().split("\n")[-1].strip()
+                first = textwrap.shorten(str(error).strip().split("\n")[-1], 200, placeholder=" ...")
                 raise ValueError(
                     f"The checkpoint's {name} is another training's ({first}); build them alike."
                 ) from error
@@ -374,27 +386,3 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """`load_state_dict` of a checkpoint file."""
         self.load_state_dict(load_checkpoint(path))
-
-
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    batches = iter(batches)
-    while group := list(itertools.islice(batches, size)):
-        yield group
-
-
-def _undisturbed(batches: Batches) -> Iterator[Batch]:
-    """The batches, without letting the start of their workers draw from the global random state."""
-    state = torch.get_rng_state()
-    iterator = iter(batches)
-    torch.set_rng_state(state)
-    yield from iterator
-
-
-def _endless(batches: Batches) -> Iterator[Batch]:
-    empty = 0
-    while empty < 2:  # one that goes on from its end yields nothing once
-        empty += 1
-        for batch in _undisturbed(batches):
-            empty = 0
-            yield batch
-    raise ValueError("validation_batches must yield at least one batch, got none.")

@@ -75,3 +75,13 @@ def test_no_position_counts():
     loss = kdfast.generalized_jsd_loss(student, teacher, torch.full_like(labels, -100))
     assert loss == 0
     assert torch.autograd.grad(loss, student)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("count", [7, torch.tensor(7)], ids=["number", "tensor"])
+def test_the_sum_is_divided_by_the_items_of_all_accumulated_batches(count):
+    student, teacher, labels = draw(3, 4)
+    labels[:, 1] = -100
+    ours = kdfast.generalized_jsd_loss(student, teacher, labels, 0.5, 1.5, num_items_in_batch=count)
+    same(ours, mixture(student, teacher, labels, 0.5, 1.5, "sum") / 7, student)
+    with pytest.raises(ValueError, match="num_items_in_batch belongs to reduction='batchmean', got reduction='sum'"):
+        kdfast.generalized_jsd_loss(student, teacher, labels, reduction="sum", num_items_in_batch=count)

@@ -44,7 +44,7 @@ CASES = {
     ),
     "labels on another device": (
         ValueError,
-        r"labels must be on the logits' device cpu, got meta\.",
+        r"labels must be on the logits' device cpu, got meta; move them with \.to\(device\)\.",
         lambda: kd_loss(S, T, LABELS.to("meta")),
     ),
     "labels out of range": (
@@ -64,8 +64,27 @@ CASES = {
     ),
     "probabilities' shape": (
         ValueError,
-        r"labels given as probabilities must have the logits' shape \[4, 5\], got \[4\]\.",
+        r"labels given as probabilities must have the logits' shape \[4, 5\], got \[4\]; class indices are "
+        r"integers: pass labels\.long\(\)\.",
         lambda: kd_loss(S, T, torch.rand(4)),
+    ),
+    "one-hot integers": (
+        ValueError,
+        r"labels given as class indices must be \[4\], got \[4, 5\]; one-hot labels are probabilities: pass "
+        r"labels\.float\(\)\.",
+        lambda: kd_loss(S, T, torch.nn.functional.one_hot(LABELS, 5)),
+    ),
+    "classes in cross_entropy's place": (
+        ValueError,
+        r"labels given as class indices must be \[2, 5, 4\], got \[2, 4, 3\]; classes come last here: pass "
+        r"student_logits\.movedim\(1, -1\), the teacher's likewise\.",
+        lambda: kd_loss(torch.rand(2, 5, 4, 3), torch.rand(2, 5, 4, 3), torch.zeros(2, 4, 3, dtype=torch.long)),
+    ),
+    "temperature by its place elsewhere": (
+        TypeError,
+        r"labels must be a tensor of class indices or probabilities, got float; temperatures go by name: "
+        r"student_temperature=4\.0\.",
+        lambda: kd_loss(S, T, 4.0),
     ),
     "labels with gradient": (
         ValueError,
@@ -193,7 +212,7 @@ CASES = {
     ),
     "jsd's labels": (
         TypeError,
-        r"labels must be class indices, got torch\.float32\.",
+        r"labels must be a tensor of class indices, got torch\.float32\.",
         lambda: generalized_jsd_loss(S, T, T.softmax(-1)),
     ),
     "NaN teacher": (

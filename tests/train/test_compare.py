@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from kdfast.data import load_digits
 from kdfast.meta import Process
 from kdfast.train.compare import TITLES, Recipe, compare
 
-TINY = Recipe(train_per_class=5, batch_size=25, teacher_widths=(4, 4, 4), student_widths=(2, 2, 2)).scaled(4)
+# The teacher's shifted images come out channels-last: with fewer than 8 channels oneDNN would damage memory on AVX2
+# (docs/limits.md).
+TINY = Recipe(train_per_class=5, batch_size=25, teacher_widths=(8, 8, 8), student_widths=(2, 2, 2)).scaled(4)
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +105,17 @@ def test_two_processes_of_torchrun_make_one_comparison(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["methods"]) == {"kd", "distpro", "metadistiller"}
     assert Process.load(tmp_path / "process-seed0.safetensors")
+
+
+def test_a_comparison_that_is_stopped_leaves_the_rest_undone(tmp_path):
+    done = []
+
+    def stopped(training, run):
+        done.append(training)
+        if training != "teacher":
+            raise KeyboardInterrupt
+
+    start = len(multiprocessing.active_children())
+    with pytest.raises(KeyboardInterrupt):
+        compare(TINY, tmp_path, methods=["alone"], seeds=range(50), processes=2, on_run=stopped)
+    assert done == ["teacher", done[1]] and len(multiprocessing.active_children()) == start

@@ -174,3 +174,18 @@ def test_rate_falls_in_its_epoch_although_those_on_halves_are_shorter(tmp_path):
     # each record has the rate after its epoch's last step: that of the next epoch
     assert [record["lr"] for record in epochs] == pytest.approx([0.1, 0.1, 0.01, 0.01])
     assert run.steps == run.trainer.step
+
+
+def test_steps_of_halves_are_counted_as_they_are_accumulated(tmp_path):
+    """The schedule is laid over this number."""
+    recipe = replace(
+        default_recipe("metadistiller"), epochs=2, batch_size=250, augment="none", options={"meta_every_epochs": 2}
+    )
+    run = Run(Settings(recipe, "digits", "resnet8(widths=(2,2,4))", accumulate=2), tmp_path)
+    run.run()
+    assert run.trainer.step == run.steps == run.ends[-1] == 3  # of 2 and 4 batches
+
+
+def test_a_short_trial_begins_at_the_recipes_rate():
+    assert default_recipe("distpro").scaled(1).milestones == (1, 1, 1)
+    assert default_recipe("kd").scaled(24).milestones == (15, 18, 21)

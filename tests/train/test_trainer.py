@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 
 from kdfast.data import ImageSet, Stream
 from kdfast.meta import Process
-from kdfast.methods import METHODS, MKD, Alone, DistPro
+from kdfast.methods import KD, METHODS, MKD, Alone, DistPro
 from kdfast.models import CifarResNet
 from kdfast.train.checkpoint import load_checkpoint, save_checkpoint, seed_everything
 from kdfast.train.loop import warmup_cosine
@@ -184,6 +185,24 @@ def test_moving_average_is_what_is_measured_and_exported():
     assert not torch.equal(averaged.student.head.weight, averaged.distiller.student.head.weight)
 
 
+def test_moving_average_takes_counters_over():
+    averaged = trainer(ema=0.9)
+    averaged.run()
+    assert averaged.student.bn.num_batches_tracked == averaged.distiller.student.bn.num_batches_tracked == 12
+    assert not torch.equal(averaged.student.bn.running_mean, averaged.distiller.student.bn.running_mean)
+
+
+def test_channels_last_is_refused_where_it_would_damage_memory():
+    narrow, wide = (CifarResNet(8, widths, in_channels=1, classes=3) for widths in ((4, 8, 8), (8, 8, 8)))
+    for student, teacher, refused in ((narrow, wide, True), (wide, narrow, False)):  # teachers have no gradient
+        distiller = KD(student.requires_grad_(True), teacher)
+        optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.1)
+        sentence = r"at least 8 channels into each strided 1x1 convolution, got 4 into student\."
+        with pytest.raises(ValueError, match=sentence) if refused else nullcontext():
+            Trainer(distiller, stream(), optimizer, epochs=1, channels_last=True).run()
+            assert teacher.stages[0][0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_loss_falls_in_low_precision():
     for precision in ("bf16", "fp16"):
         trained = trainer(precision=precision)
@@ -239,8 +258,31 @@ def test_a_methods_own_factor_multiplies_the_rate():
     distiller = Falling(Net())
     optimizer = Watched(distiller.inner_parameters(), lr=0.2)
     decay = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.9)  # builds on the rate it finds
-    Trainer(distiller, stream(12), optimizer, epochs=2, scheduler=decay).run()
+    history = Trainer(distiller, stream(12), optimizer, epochs=2, scheduler=decay).run()
+    assert [record.lr for record in history.epochs] == pytest.approx([0.2 * 0.9**3, 0.2 * 0.9**6 * 0.5])
     assert used == pytest.approx([0.2 * 0.9**step * 0.5 ** (step // 3) for step in range(6)])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"epochs": 0}, "epochs must be a number of epochs of at least 1, got 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be a number of epochs of at least 1, got 0"),
+        ({"meta": {"every": 2}}, "meta is of a meta_optimizer, got none"),
+        ({"optimizer": torch.optim.SGD(Net().parameters(), 0.1)}, "The optimizer holds none of Alone's parameters"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options, sentence):
+    distiller = Alone(Net())
+    optimizer = options.pop("optimizer", None) or torch.optim.SGD(distiller.inner_parameters(), 0.1)
+    with pytest.raises(ValueError, match=sentence):
+        Trainer(distiller, stream(), optimizer, **{"epochs": 1, **options})
+
+
+def test_the_student_is_not_its_own_teacher():
+    network = Net()
+    with pytest.raises(ValueError, match="teacher must be a network of its own"):
+        MKD(network, network)
 
 
 def with_teacher(kind):
