@@ -392,9 +392,9 @@ def test_broken_images_and_too_few_classes_are_one_sentence(images, tmp_path):
     ("options", "sentence"),
     [
         (("--device", "gpu"), "device must be one that this torch can use here, got 'gpu'"),
-        (("--set", "batch_size=many"), "batch_size must be a whole number, got 'many'"),
-        (("--set", "held_out=half"), "validation must be a share of the training images in [0, 1), got 'half'"),
-        (("--set", "augment=5"), "augment must be 'none' or names of"),
+        (("--set", "batch_size=many"), "batch_size must be a whole number of at least 1, got 'many'"),
+        (("--set", "held_out=half"), "held_out must be a number in [0, 1), got 'half'"),
+        (("--set", "augment=5"), "augment must be a word such as none or crop_flip, got 5"),
     ],
 )
 def test_impossible_options_of_the_data_are_one_sentence(tmp_path, options, sentence):
