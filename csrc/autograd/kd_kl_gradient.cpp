@@ -2,10 +2,10 @@
 //
 //   ds = grad * d loss / d student,  dt likewise;   the node's backward is the kernel of kd_kl_hvp, with grad its row weight
 //
-// By an autograd.Function in Python the backward of 128 x 100 took 185 us beside 152 of eager PyTorch's, of which an
-// empty autograd.grad was 78 and the kernel 45; here it is called with the products that somebody asked for alone, which
-// a Function does not know. What is not plain (learned temperatures, class probabilities, a further derivative,
-// many cotangents, ...) is done by the Function's formulas in Python, `product`.
+// By an autograd.Function in Python the backward at 128 x 100 was slower than eager PyTorch's, most of it Python and a
+// product nobody asked for: a Function does not know which of its gradients somebody waits for, a node does. What is not
+// plain (learned temperatures, class probabilities, a further derivative, many cotangents, ...) is done by the Function's
+// formulas in Python, `product`.
 //
 // Source: docs/math/kd_kl_hvp.md, and kdfast/ops/kd_kl.py, whose KdKlBackward it is.
 #include "nodes.h"

@@ -51,8 +51,8 @@ KDFAST_INLINE Lanes<A> broadcast(A x) {
 }
 
 // Choices between lanes are loops over them, which become a comparison and a blend in every width. The comparison of two
-// whole vectors GCC takes apart into branches where the machine's are narrower: under AVX2 the first sweep of kd_kl took
-// eight times as long. Running totals are changed in place, as a vector that is assigned there is copied by quarters.
+// whole vectors GCC takes apart into branches where the machine's are narrower: under AVX2 kd_kl took four
+// times as long. Running totals are changed in place, as a vector that is assigned there is copied by quarters.
 template <class V>
 constexpr int kLanesOf = sizeof(V) / sizeof(std::declval<V>()[0]);
 template <class V>
