@@ -53,8 +53,8 @@ sanitize: $(READY)
 	export LD_PRELOAD="$$(for x in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$x.so; done | paste -sd:)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && cd $(ASAN) && PYTHONPATH= && \
 	$(CURDIR)/$(BIN)/python -c "from kdfast._native import build_info; assert build_info['sanitizers'], build_info" && \
-	$(CURDIR)/$(BIN)/python -m pytest tests/ops -k "not triton and not math_headers" -m "not cuda" \
-	  -p no:cacheprovider --capture=sys
+	$(CURDIR)/$(BIN)/python -m pytest tests/ops tests/data/test_augment_images.py \
+	  -k "not triton and not math_headers" -m "not cuda" -p no:cacheprovider --capture=sys
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -31,6 +31,8 @@ def show_backends() -> str:
         op                    cpu            cuda
         ...
     """
+    import kdfast.data.resident  # noqa: F401 (defines its op, which nothing else of the package needs)
+
     rows = [("op", "cpu", "cuda")]
     rows += [(name, _cpu(name), _cuda(name)) for names in OPS.values() for name in names]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]

@@ -71,7 +71,7 @@ class Dali:
 
     def _feed(self, request: Request) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:
         """Every input of the pipeline by its name, an array an image; and the images that are in it."""
-        work, augment, draws = self.work, self.work.augment, request.draws()
+        work, augment = self.work, self.work.augment
         samples, count, size = request.samples, len(request.samples), self.work.shape[1]
         feed: dict[str, Iterable] = {}
         if isinstance(work.data, Files):
@@ -80,6 +80,7 @@ class Dali:
         else:
             pictures = work.data.images[torch.from_numpy(samples)].permute(0, 2, 3, 1)
             feed["pixels"] = list(pictures.contiguous().numpy())
+        draws = request._replace(samples=samples).draws()  # of those that are there, as what is cached of an image
         if _resizes(work) and augment.crop:
             boxes = draws.boxes(*sizes.T).astype(np.int32)
             feed["start"], feed["extent"] = boxes[:, :2], boxes[:, 2:]

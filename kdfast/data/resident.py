@@ -11,7 +11,7 @@ from torch import Tensor
 from kdfast import _native  # noqa: F401 (registers the CPU's kernel)
 from kdfast.data.engines import Request, Work, blend, cut_out
 
-TOGETHER = 32  # batches whose random numbers are drawn at once, which costs hardly more than those of one
+TOGETHER = 32  # batches whose random numbers are drawn at once: most of what one batch's cost is calling numpy
 
 LIB = torch.library.Library("kdfast", "FRAGMENT")
 LIB.define(

@@ -70,8 +70,7 @@ class _Batches(Dataset):
         self.normalize = import_module("torchvision.transforms.v2.functional").normalize
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
-        work, broken = self.work, []
-        augment, draws = work.augment, request.draws()
+        work, augment, broken = self.work, self.work.augment, []
         if isinstance(work.data, Files):
             pictures, samples = self._read(request.samples, broken)
             if not pictures:
@@ -79,6 +78,7 @@ class _Batches(Dataset):
         else:
             samples = request.samples
             pictures = list(work.data.images[torch.from_numpy(samples)])
+        draws = request._replace(samples=samples).draws()  # of those that are there, as what is cached of an image
         images = torch.stack(self._transformed(pictures, draws)).float()
         images = self.normalize(images, work.mean.flatten().tolist(), work.deviation.flatten().tolist(), inplace=True)
         if augment.cutout:

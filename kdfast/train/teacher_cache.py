@@ -208,6 +208,10 @@ def _data_digest(stream: Stream) -> str:
         return digest({"images": data.images.cpu(), "labels": data.labels.cpu()}, text)
     sha = hashlib.sha256(text.encode())
     for path, label in zip(data.paths, data.labels.tolist(), strict=True):
-        found = os.stat(path)
-        sha.update(f"{path} {label} {found.st_size} {found.st_mtime_ns}\n".encode())
+        try:
+            found = os.stat(path)
+            about = f"{found.st_size} {found.st_mtime_ns}"
+        except OSError:  # it is for the stream to stop at it or to skip it
+            about = "unreadable"
+        sha.update(f"{path} {label} {about}\n".encode())
     return sha.hexdigest()

@@ -210,6 +210,21 @@ def test_broken_images_in_files_are_named_and_replaced(tmp_path, loader, workers
     assert set(streams.broken) == broken
 
 
+@pytest.mark.parametrize("loader", FILE_LOADERS)
+@pytest.mark.filterwarnings("ignore:.*is skipped:UserWarning")
+def test_an_image_that_stands_for_a_broken_one_is_augmented_as_itself(tmp_path, loader):
+    """What a teacher said about (image, variant) holds for it, wherever it comes in the epoch."""
+    root, _ = broken_folder(tmp_path, (64, 80))
+    options = {"batch_size": 8, "loader": loader, "size": 32, "augment": "crop_flip", "workers": 0}
+    stream = loaders(f"folder:{root}", **options, on_broken="skip").train
+    given, twice = {}, 0
+    for images, _ in stream:
+        for sample, image in zip(stream.samples.tolist(), images, strict=True):
+            twice += sample in given
+            assert torch.equal(given.setdefault(sample, image), image)
+    assert twice == 2
+
+
 @needs_dali
 @pytest.mark.filterwarnings("ignore:.*is skipped:UserWarning")
 def test_replaced_images_are_the_same_for_all(tmp_path):

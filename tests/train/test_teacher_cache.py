@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdfast.data import Stream
+from kdfast.data import Stream, loaders
 from kdfast.methods import CRD, KD, MKD, Alone, DistPro
 from kdfast.models import CifarResNet
 from kdfast.train.checkpoint import seed_everything
@@ -18,7 +18,7 @@ from kdfast.train.recipes import default_recipe
 from kdfast.train.run import Numbered, Run, Settings
 from kdfast.train.teacher_cache import TeacherCache
 from kdfast.train.trainer import Trainer
-from tests.data.images import pictures
+from tests.data.images import pictures, write_folder
 
 
 class Counted(nn.Module):
@@ -135,6 +135,20 @@ def test_changed_pixels_are_other_data(tmp_path):
     data = stream()
     data.data.images[3, 0, 0, 0] ^= 1
     assert "(data changed)" in opened(tmp_path, data=data).begun_anew
+
+
+def test_files_are_other_data_once_one_is_written_anew_or_gone(tmp_path):
+    root = write_folder(tmp_path / "images", sides=(64, 80))
+    first = sorted((root / "train" / "class0").iterdir())[0]
+
+    def begun_anew():
+        data = loaders(f"folder:{root}", batch_size=8, size=16, workers=0, on_broken="skip").train
+        return opened(tmp_path / "cache", data=data).begun_anew
+
+    assert begun_anew() is None and begun_anew() is None
+    for change in (first.touch, first.unlink, lambda: first.symlink_to("nowhere")):
+        change()
+        assert "(data" in begun_anew()
 
 
 def test_damaged_rows_are_found_and_computed_again(tmp_path):
