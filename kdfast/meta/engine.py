@@ -138,6 +138,11 @@ class MetaKD:
         """Whether the next `step` needs a validation batch."""
         return self.validation == "batch" and self._steps % self.every == 0
 
+    @property
+    def learns_first(self) -> bool:
+        """Whether the student's step is taken with the meta-parameters as `step` leaves them, or as it finds them."""
+        return self.commit != "reuse" or self.validation == "rolling"
+
     def step(
         self,
         train_batch: Batch | list[Batch],  # inputs [batch, ...], targets [batch]

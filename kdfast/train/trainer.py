@@ -53,7 +53,7 @@ class Trainer:
         ema: decay of an exponential moving average of the student, which is then what is evaluated and exported.
         channels_last: memory layout of the networks and the images.
         compile: compile student and teacher with `torch.compile`.
-        process: where a DistPro search records its weights, before each step.
+        process: where a DistPro search records the weights that each step of the student is taken with.
         teacher_cache: where the teacher's outputs for `batches`, a stream of `kdfast.data`, are kept.
         callback: called after every step, to show progress or to record what the method learns.
         on_epoch: called after every epoch, before its checkpoint.
@@ -202,8 +202,8 @@ class Trainer:
         wanted = learns and self._engine.wants_validation
         validation_batch = self._moved(self._next(self._validation)) if wanted else None
         self.distiller.start_step(self.step)
-        if self.process is not None:
-            self.process.record(self.distiller.weights(), self.distiller.weights.raw)
+        if not (learns and self._engine.learns_first):
+            self._record_weights()
         rates = [held["lr"] for held in self.optimizer.param_groups]
         for held in self.optimizer.param_groups:
             held["lr"] *= getattr(self.distiller, "lr_factor", 1.0)
@@ -213,6 +213,8 @@ class Trainer:
             with self._autocast():
                 pairs = [(inputs, targets) for inputs, targets, *_ in group]
                 parts = self._engine.step(pairs, validation_batch, teacher_outputs=known).parts
+            if self._engine.learns_first:
+                self._record_weights()
         else:
             autocast = self._autocast()
             parts = accumulated_step(self.distiller, group, self.optimizer, autocast=autocast, scaler=self._scaler)
@@ -230,6 +232,10 @@ class Trainer:
         self.step += 1
         self._epoch_steps += 1
         return record
+
+    def _record_weights(self) -> None:
+        if self.process is not None:
+            self.process.record(self.distiller.weights(), self.distiller.weights.raw)
 
     def _end_epoch(self, seconds: float, images: int) -> None:
         parts = {name: float(total) / self._epoch_steps for name, total in self._sums.items()}

@@ -316,3 +316,23 @@ def test_teacher_is_in_eval_mode_and_untouched_whatever_is_done_to_it(method):
     assert modes and not any(modes)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("meta", [{}, {"commit": "rehead"}, {"commit": "separate"}, {"validation": "rolling"}])
+def test_process_holds_the_weights_that_the_student_was_trained_with(meta):
+    searching = trainer("distpro", meta=meta)
+    used, weights = [], searching.distiller.weights
+
+    def step(closure=None, own=searching.optimizer.step):
+        used.append(current[-1])
+        return own(closure)
+
+    current = []
+    searching.optimizer.step = step
+    weights.register_forward_hook(lambda module, inputs, result: current.append(result.detach().clone()))
+    searching.run()
+    recorded = searching.process.weights
+    assert len(recorded) == len(used) == 12
+    for mine, seen in zip(recorded, used, strict=True):
+        torch.testing.assert_close(torch.as_tensor(mine), seen.to(torch.as_tensor(mine)))
+    assert not torch.equal(used[0], used[-1])
