@@ -78,7 +78,7 @@ for stage in range(len(networks[0])):
     mimic.set_stage(stage)
     mimic.train()
     distances = []
-    for _ in range(12):
+    for _ in range(30):
         images = teacher.transform(batch(8)[0])[0].tensors  # normalised as the detector's own
         distances.append(float(ordinary_step(mimic, (images, None), optimizer)))
     print(f"stage {stage + 1}: distance to the teacher's features {distances[0]:.3f} -> {distances[-1]:.3f}")

@@ -8,7 +8,7 @@ import torch
 from torch.func import functional_call
 
 from kdfast.methods import SelfGuidance
-from kdfast.methods.stochastic_depth import residual_branches
+from kdfast.methods.stochastic_depth import residual_branches, scaled
 from kdfast.models import VGG, FourStageResNet, ResNeXt29, WideResNet, create, names
 
 FAMILIES = {  # name: (options that make it small, sides of the maps of a 32x32 image)
@@ -187,7 +187,7 @@ def test_self_guidance_finds_the_branches_and_removes_them(name, count):
     assert len(branches) == len(set(branches)) == count
     distiller = SelfGuidance(network).eval()
     images = torch.randn(2, 2, 32, 32)
-    sub = distiller._run(images, torch.zeros(count))
+    sub = distiller._run(images, scaled(network, distiller._scales, torch.zeros(count)))
     x = network.stem(images)
     for stage in network.stages:
         for block in stage:

@@ -29,7 +29,7 @@ ERRORS = {
                lambda: pathway_loss([M], [M], resize="area")),
     "weights": (ValueError, r"weights must hold one number a pathway \[1\], got torch\.float32 \[2\]\.",
                 lambda: pathway_loss([M], [M], [1.0, 2.0])),
-    "weights' device": (ValueError, r"weights must be on the maps' device cpu, got meta\.",
+    "weights' device": (ValueError, r"weights must be on the maps' device cpu, got meta; move them",
                         lambda: pathway_loss([M], [M], torch.ones(1, device="meta"))),
     "keep's length": (ValueError, r"keep must be one bool a pathway, 1 in all, or indices, got \[True, False\]\.",
                       lambda: pathway_loss([M], [M], keep=[True, False])),
