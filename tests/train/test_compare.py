@@ -119,6 +119,7 @@ def test_a_comparison_that_is_stopped_leaves_the_rest_undone(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compare(TINY, tmp_path, methods=["alone"], seeds=range(50), processes=2, on_run=stopped)
     assert done == ["teacher", done[1]]
-    for child in set(multiprocessing.active_children()) - before:  # two threads that wait for one may both overlook its end
+    # Two threads that wait for one child may both overlook its end.
+    for child in set(multiprocessing.active_children()) - before:
         with pytest.raises(ProcessLookupError):
             os.kill(child.pid, 0)
