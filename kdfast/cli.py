@@ -249,7 +249,7 @@ def train_command(
     resume: Path | None,
     epochs: int | None,
     changes: tuple[str, ...],
-    device: torch.device,
+    device: str,
     compile_: bool,
     tensorboard: bool,
     **others,

@@ -39,7 +39,7 @@ def held(sides: list[Tensor], function: Callable, *args: Any) -> Any:
 
 def visible(module: nn.Module) -> bool:
     """Whether the functions that the module calls can be seen: not in compiled code."""
-    return not any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
+    return not any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in module.modules())
 
 
 class _Recording(TorchFunctionMode):
