@@ -19,7 +19,8 @@ from kdfast.data.streams import usable
 from kdfast.methods import METHODS
 from kdfast.models import create, names
 from kdfast.train import distributed
-from kdfast.train.compare import TITLES, Recipe, Run, compare
+from kdfast.train.compare import compare
+from kdfast.train.comparison import TITLES, Recipe, Run
 from kdfast.train.files import atomically
 from kdfast.train.networks import read_student, write_onnx
 from kdfast.train.progress import Watch

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure  # without pyplot: draws into files by Agg, keeps no global state
 from rich.table import Table
 
-from kdfast.train.compare import TITLES, Comparison, Run
+from kdfast.train.comparison import TITLES, Comparison, Run
 from kdfast.train.files import atomically
 
 COLUMNS = ("accuracy %", "step ms", "τ_s at the end", "τ_t at the end")

@@ -9,7 +9,8 @@ import torch
 
 from kdfast.data import load_digits
 from kdfast.meta import Process
-from kdfast.train.compare import TITLES, Recipe, compare
+from kdfast.train.compare import compare
+from kdfast.train.comparison import TITLES, Recipe
 
 # The teacher's shifted images come out channels-last: with fewer than 8 channels oneDNN would damage memory on AVX2
 # (docs/limits.md).

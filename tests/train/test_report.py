@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from kdfast.meta import Process
-from kdfast.train.compare import Comparison, Recipe, Run
+from kdfast.train.comparison import Comparison, Recipe, Run
 from kdfast.train.report import markdown, pathway_figure, results_dict, table, write_report
 
 PATHWAYS = [f"s{s}-t{t}-conv{c}" for s in range(3) for t in range(3) for c in (1, 2, 3)]
