@@ -66,7 +66,12 @@ KDFAST_INLINE A is_wrong(const BrierRow<A>& row, A max) {
   return is_first(row.logits, label, max) ? A(0) : A(1);
 }
 
-// e = exp(z - max), their sum and the sum of their squares.
+// Columns whose sum is taken in the arithmetic type before it goes on in double: with kBlock of them a lane of a short
+// vector adds up so many that fp32 loses a digit.
+constexpr int64_t kSummed = 256;
+
+// e = exp(z - max), their sum and the sum of their squares. The largest, each 1, are counted apart: beside a 1 the small
+// ones would be rounded to its last digit, and p and <p, a> nearly cancel where one class has most.
 struct Exponentials {
   double sum = 0, squares = 0;
 };
@@ -74,17 +79,19 @@ template <class A>
 KDFAST_INLINE Exponentials exponentials(const BrierRow<A>& row, A max) {
   Exponentials total;
   const ExpScale<A> one(1.0);
-  for (int64_t begin = 0; begin < row.n; begin += kBlock) {
-    const int64_t end = begin + kBlock < row.n ? begin + kBlock : row.n;
-    A sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum, squares)
+  for (int64_t begin = 0; begin < row.n; begin += kSummed) {
+    const int64_t end = begin + kSummed < row.n ? begin + kSummed : row.n;
+    A sum = 0, squares = 0, largest = 0;
+#pragma omp simd reduction(+ : sum, squares, largest)
     for (int64_t j = begin; j < end; ++j) {
-      const A e = exp_nonpositive(row.logits[j] - max, one);
+      const A x = row.logits[j] - max, e = exp_nonpositive(x, one), small = x < A(0) ? e : A(0);
       row.e[j] = e;
-      sum += e;
-      squares += e * e;
+      sum += small;
+      squares += small * small;
+      largest += x < A(0) ? A(0) : A(1);
     }
     total.sum += sum, total.squares += squares;
+    total.sum += largest, total.squares += largest;
   }
   return total;
 }
@@ -105,8 +112,8 @@ KDFAST_INLINE void statistics(const BrierRow<A>& row, A* loss, A* stats) {
     const A* const e = row.e;
     const A* const y = row.target;
     const A scale = static_cast<A>(inverse);
-    for (int64_t begin = 0; begin < row.n; begin += kBlock) {
-      const int64_t end = begin + kBlock < row.n ? begin + kBlock : row.n;
+    for (int64_t begin = 0; begin < row.n; begin += kSummed) {
+      const int64_t end = begin + kSummed < row.n ? begin + kSummed : row.n;
       A squares = 0, dot = 0;
 #pragma omp simd reduction(+ : squares, dot)
       for (int64_t j = begin; j < end; ++j) {
