@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from kdfast.meta import checks, graphs, processes, tangents
 from kdfast.meta import hypergradient as hyper
@@ -195,7 +196,7 @@ class MetaKD:
         )  # fmt: skip
         for p, g in zip((*self._inner, *self._meta), gradients, strict=True):
             p.grad = g
-        return report
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, report)
 
     def forget(self) -> None:
         """Drop the step whose validation a rolling engine waits for; for steps taken elsewhere meanwhile."""

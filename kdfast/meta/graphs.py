@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kdfast.meta import processes
 from kdfast.meta.shadow import RandomState
@@ -36,7 +36,7 @@ class Graphs:
         self._owner: list[Any] = []
 
     def run(self, function: Callable, kind: Any, numbers: Any, owner: list[Any], *arguments: Any) -> Any:
-        """`function(*arguments)`.
+        """`function(*arguments)`; of a step that is replayed in the graph's own memory, until the next.
 
         Args:
             kind: of the step, hashable.
@@ -63,7 +63,7 @@ class Graphs:
         for own, given in zip(static, leaves, strict=True):
             if isinstance(own, Tensor):
                 own.copy_(given, non_blocking=True)
-        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, replay())
+        return replay()
 
     def _ordinary(self, function: Callable, arguments: tuple) -> Any:
         before = RandomState(self._devices)

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from kdfast.losses.kd_kl import kd_loss
+from kdfast.meta.kinks import visible
 from kdfast.methods.base import Distiller, Loss
 from kdfast.methods.left_out import LeftOut
 from kdfast.methods.stochastic_depth import branch_parameters, linear_survival, residual_branches, scaled
@@ -138,10 +139,7 @@ class SelfGuidance(Distiller):
         """Whether the passes are compiled or captured: one graph for all draws, in which every branch runs."""
         if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return True
-        return any(
-            type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
-            for module in self.student.modules()
-        )
+        return not visible(self.student)
 
     def _run(self, inputs: Tensor, tensors: dict[str, Tensor], keep: bool = True) -> Tensor:
         """The network with these parameters instead of its own; its buffers move only where they are to be kept."""
