@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../stable.h"
+#include "gradients.h"
 
 namespace kdfast::cpu {
 
@@ -47,7 +48,7 @@ inline void check_lists(const std::vector<Tensor>& theta, const std::vector<Tens
 inline std::vector<Tensor> empty_like(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> out;
   out.reserve(tensors.size());
-  for (const Tensor& x : tensors) out.push_back(kdfast::empty_like(x));
+  for (const Tensor& x : tensors) out.push_back(empty_gradient(x));
   return out;
 }
 
