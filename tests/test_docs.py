@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import json
 import re
 import shlex
 import statistics
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import kdfast
+from benchmarks import tables
 from kdfast._torchvision import import_module
 from kdfast.cli import _changed, main
 from kdfast.data import loaders
@@ -169,21 +169,9 @@ def test_code_runs(page, block, names):
 
 
 # ---------------------------------------------------------------- numbers
-README = (ROOT / "README.md").read_text()
-
-
-def measured(file):
-    """{case: {implementation: (median seconds, extra_info)}}."""
-    found = {}
-    for bench in json.loads((RESULTS / file).read_text())["benchmarks"]:
-        info = bench["extra_info"]
-        found.setdefault((info["case"], info["dtype"]), {})[info["impl"]] = (bench["stats"]["median"], info)
-    return found
-
-
-def rows(heading, text=README):
-    """The cells of the table below a header row, the README's unless told."""
-    table = text.split(heading, 1)[1].split("\n\n", 1)[0]
+def rows(heading, page):
+    """The cells of the table below a header row."""
+    table = (ROOT / page).read_text().split(heading, 1)[1].split("\n\n", 1)[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
 
 
@@ -193,66 +181,46 @@ def shown(value, text):
     return abs(value - float(text.replace(",", ""))) <= 0.501 * 10**-digits
 
 
-@pytest.mark.parametrize(
-    ("heading", "file"),
-    [("| rows × classes | dtype | kdfast ms ", "cpu-kd_kl.json"), ("| case | dtype | kdfast ms ", "cpu-pathways.json")],
-)
-def test_kernel_tables_are_what_was_measured(heading, file):
-    found, speedups = measured(file), {"eager": [], "compile": []}
-    lines = rows(heading)
-    assert len(lines) == len(found)
-    for case, dtype, ms, rate, copy, floor, eager, compiled, against_eager, against_compile in lines:
-        group = found[case.replace(" × ", "x").replace(" + ", "+"), dtype]
-        ours, info = group["kdfast"]
-        assert shown(1e3 * ours, ms) and shown(info["bytes"] / ours / 1e9, rate), case
-        assert shown(info["percent_of_copy"], copy) and shown(info["times_exp_pass"], floor), case
-        for name, time, ratio in (("eager", eager, against_eager), ("compile", compiled, against_compile)):
-            assert shown(1e3 * group[name][0], time) and shown(group[name][0] / ours, ratio), case
-            speedups[name].append(group[name][0] / ours)
-    means = {name: statistics.geometric_mean(ratios) for name, ratios in speedups.items()}
-    text = README.split(heading)[0].rsplit("**", 2)[1]  # the bold sentence before the table
-    eager, compiled = re.fullmatch(r"([\d.]+) × eager, ([\d.]+) × torch.compile", text).groups()
-    assert shown(means["eager"], eager) and shown(means["compile"], compiled)
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("?pu-*.json")), ids=lambda file: file.stem)
+def test_tables_are_what_was_measured(file):
+    page = (ROOT / "docs" / "measured.md").read_text()
+    for table in tables.tables(file):
+        assert f"{tables.origin(file)} ({file.name}):\n\n{table}" in page
 
 
-def test_exits_sentence_is_what_was_measured():
-    found, pattern = (
-        measured("cpu-kd_kl_exits.json"),
-        r"([\d.]+) × eager, ([\d.]+) × torch.compile, ([\d.]+) × `kd_loss`",
-    )
-    claimed = re.search(r"`exits_kd_loss` of three.*?" + pattern, README, flags=re.DOTALL).groups()
-    for name, text in zip(("eager", "compile", "kdfast-each"), claimed, strict=True):
-        ratios = [group[name][0] / group["kdfast"][0] for group in found.values()]
-        assert shown(statistics.geometric_mean(ratios), text), name
+def test_readme_kernels_are_what_was_measured():
+    files = [file for file in RESULTS.glob("cpu-*.json") if "avx2" not in file.name]
+    found = {op: cases for file in files for (op, _), cases in tables.groups(file).items()}
+    names = {"kd_loss": "kd_kl", "its second order": "kd_kl_hvp", "topk_kd_loss": "kd_kl_topk"}
+    names |= {"exits_kd_loss": "kd_kl_exits", "pathway_loss": "pathways"}
+    lines = rows("| | cases |", "README.md")
+    assert len(lines) == len(names) + 3
+    for name, number, *cells in lines:
+        cases = found[names.get(name.strip("`"), name.strip("`"))]
+        assert int(number) == len(cases), name
+        for rival, (mean, worst) in {"eager": cells[:2], "compile": cells[2:]}.items():
+            ratios = tables.ratios(cases, rival)
+            assert ratios or (mean, worst) == ("–", "–"), name
+            if ratios:
+                assert shown(statistics.geometric_mean(ratios), mean) and shown(min(ratios), worst), name
 
 
-def test_step_table_is_what_was_measured():
-    found = {name: row for group in measured("cpu-meta_step.json").values() for name, row in group.items()}
-    lines = rows("| step | ms | / paper ")
-    assert {name for name, *_ in lines} == set(found)
-    for name, ms, paper, plain, floor, error, parts in lines:
-        seconds, info = found[name]
+def test_readme_steps_are_what_was_measured():
+    (cases,) = tables.groups(RESULTS / "cpu-meta_step.json").values()
+    found = {name: row for group in cases.values() for name, row in group.items()}
+    for name, ms, paper, plain, error in rows("| step | ms | / the papers' |", "README.md"):
+        seconds, info = found[name.strip("`")]
         assert shown(1e3 * seconds, ms) and shown(info["times_paper"], paper), name
-        assert shown(info["times_plain_kd"], plain) and shown(info["times_floor"], floor), name
-        claimed = [] if error == "–" else [error, *parts.split(",")]
-        errors = info["errors"] if claimed else []
-        for value, text in zip(errors, claimed, strict=True):
-            assert value == pytest.approx(float(text.strip(" %")) / 100, rel=0.06), name  # two digits
+        assert shown(info["times_plain_kd"], plain), name
+        errors = info["errors"] or [None]
+        assert error == ("–" if errors[0] is None else f"{100 * errors[0]:.2g} %"), name
 
 
-@pytest.mark.parametrize(
-    ("page", "heading"),
-    [("README.md", "| | ordinary DataLoader"), ("docs/data.md", "| images/s | ordinary DataLoader")],
-)
-def test_loader_tables_are_what_was_measured(page, heading):
-    (cifar, jpegs) = measured("cpu-data.json").values()
-    order = ("plain", "torchvision", "resident", "dali")
-    for line, group in zip(rows(heading, (ROOT / page).read_text()), (cifar, jpegs), strict=True):
-        speeds = {name: info["images"] / seconds for name, (seconds, info) in group.items()}
-        assert all(cell == "–" for name, cell in zip(order, line[1:], strict=True) if name not in speeds)
-        for name, cell in zip(order, line[1:], strict=True):
-            if name in speeds:
-                speed, *ratios = re.findall(r"[\d.,]*\d", cell)
-                assert shown(speeds[name], speed), (name, cell)
-                for rival, ratio in zip(order, ratios, strict=False):
-                    assert shown(speeds[name] / speeds[rival], ratio), (name, cell)
+def test_loader_sentences_are_what_was_measured():
+    (cases,) = tables.groups(RESULTS / "cpu-data.json").values()
+    cifar, jpegs = ({name: seconds for name, (seconds, _) in group.items()} for group in cases.values())
+    for page in ("README.md", "docs/data.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        resident, dali = re.search(r"resident ([\d.]+) × .*? DALI ([\d.]+) × ", text).groups()
+        assert shown(cifar["plain"] / cifar["resident"], resident), page
+        assert shown(jpegs["plain"] / jpegs["dali"], dali), page
