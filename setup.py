@@ -82,4 +82,6 @@ def first_error(log: Path) -> str:
     return told[0][:300] if told else "no error line in it"
 
 
-setup(ext_modules=[Extension("kdfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# What a source distribution has to carry: paths relative to this file, as setuptools wants them.
+SOURCES = ["CMakeLists.txt", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+setup(ext_modules=[Extension("kdfast._C", sources=[], depends=SOURCES)], cmdclass={"build_ext": CMakeBuild})

@@ -1,4 +1,4 @@
-"""The install with and without a compiler, in a copy of the source."""
+"""The source distribution, and its install with and without a compiler."""
 
 import os
 import shutil
@@ -13,11 +13,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    target = tmp_path_factory.mktemp("source") / "kdfast"
-    ignore = shutil.ignore_patterns(
-        ".git", ".venv", "build", "runs", "_C*.so", "_build_failure.txt", "__pycache__", ".*_cache"
-    )
-    return shutil.copytree(ROOT, target, ignore=ignore)
+    """The source distribution, unpacked."""
+    place = tmp_path_factory.mktemp("source")
+    made = subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "-e", place, "sdist", "-d", place],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    (archive,) = place.glob("kdfast-*.tar.gz")
+    shutil.unpack_archive(archive, place)
+    return place / archive.name.removesuffix(".tar.gz")
+
+
+def test_the_source_distribution_is_whole(source):
+    there = {str(p.relative_to(source)) for p in source.rglob("*")}
+    needed = [*ROOT.glob("csrc/**/*"), *ROOT.glob("kdfast/**/*.py"), *(ROOT / f for f in ("CMakeLists.txt", "LICENSE"))]
+    assert {str(p.relative_to(ROOT)) for p in needed} <= there
+    assert not [p for p in there if p.endswith(".so")]
 
 
 def install(source, target, **environment):
