@@ -32,7 +32,7 @@ demo: $(READY)
 	$(BIN)/kdfast compare --data digits --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Opt-in: random cases of every op against fp64 truth. The seed is printed at the start; KDFAST_FUZZ_SEED sets it.
 KDFAST_FUZZ_CASES ?= 10000

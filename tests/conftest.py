@@ -8,6 +8,8 @@ import torch
 from tests import fuzz
 
 torch.set_num_threads(1)
+# Minutes each: begun first, so that no process waits for another at the end (with --no-loadscope-reorder).
+LONGEST = ("test_compile_only.py", "test_kd_kl_triton_laws.py", "test_incorrect_brier_triton.py", "test_run.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -31,6 +33,7 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if "slow" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("slow"):

@@ -205,32 +205,27 @@ def hypergradient(
 def _of_pass(taken: Taken, kept: TrainPass, along: Direction, meta, tangent: str, fraction: float):
     """(h, D) of one training pass."""
     shadow, theta = taken.shadow, taken.theta
-    factor = taken.factor
-    if fraction < 1 and tangent != "exact":
-        records = kept.slope is not None and taken.clip is None
-        kept = tangents.part_of(kept, fraction)
-        tangents.begin_part(shadow, kept, theta)
-        if records:
-            kept, factor = tangents.with_slope(shadow, kept, theta), 1.0
-    elif fraction < 1:
-        kept = tangents.part_of(kept, fraction)
+    part = kept if fraction == 1 else tangents.part_of(kept, fraction)
     if tangent == "exact":
-        return _by_double_backward(shadow, kept, theta, along.w, meta)
+        return _by_double_backward(shadow, part, theta, along.w, meta)
     if tangent == "jvp":
-        kept.outputs, moved = tangents.jvp(shadow, kept, theta, along.w)
+        part.outputs, moved = tangents.jvp(shadow, part, theta, along.w)
         width, w = 1.0, along.w
     else:
-        moved = tangents.difference(shadow, kept, along.ahead, along.behind)
+        if part is not kept:
+            tangents.begin_part(shadow, part, theta)
+        moved = tangents.difference(shadow, part, along.ahead, along.behind)
         width = along.epsilon * (1 if along.behind is None else 2)
         w = [None if x is None else x * width for x in along.w]
-    general = lambda: tangents.loss_along(shadow, kept, theta, w, moved)  # noqa: E731
     # A recorded slope knows nothing of the head's own parameters, which a clipped gradient moves.
     if kept.slope is None or taken.clip is not None:
-        d = general()
-        known = d
+        d = known = tangents.loss_along(shadow, part, theta, w, moved)
     else:
-        d = kept.slope(tangents.as_outputs(kept, moved), factor, general)
-        known = tangents.slope_of(kept, moved, factor)
+        if part is not kept:
+            moved = tangents.for_all_rows(moved, kept)
+        general = lambda: tangents.loss_along(shadow, kept, theta, w, moved)  # noqa: E731
+        d = kept.slope(tangents.as_outputs(kept, moved), taken.factor, general)
+        known = tangents.slope_of(kept, moved, taken.factor)
     h = gradient_of(d, meta)
     return [x / width for x in h], known / width
 

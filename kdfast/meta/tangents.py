@@ -177,22 +177,15 @@ def _eager(function: Callable) -> Callable:
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
-def with_slope(shadow: Shadow, kept: TrainPass, theta: Sequence[Tensor]) -> TrainPass:
-    """The pass once more from its outputs, the head forward and back in them, for the method's own slope."""
-    kept.head.replay()
-    leaves, structure = tree_flatten(kept.outputs)
-    leaves = [x.detach().requires_grad_() if _is_float(x) else x for x in leaves]
-    with torch.enable_grad():
-        parts, again = shadow.at(
-            [x.detach() for x in theta],
-            head_pass,
-            StudentPass(tree_unflatten(leaves, structure), kept.start, kept.sides),
-            kept.batch,
-            kept.teacher_outputs,
-            shadow.devices,
-        )
-        torch.autograd.grad(sum(parts.values()), [x for x in leaves if _differentiable(x)], allow_unused=True)
-    return again
+def for_all_rows(tangents: list[Tensor | None], kept: TrainPass) -> list[Tensor | None]:
+    """The tangents of a part's rows as those of the whole pass: scaled to stand for all, the other rows zero."""
+    whole = []
+    for x, t in zip(_leaves(kept.outputs), tangents, strict=True):
+        if t is not None and t.shape != x.shape:
+            rows, t = t, torch.zeros_like(x, dtype=t.dtype)
+            t[: len(rows)] = rows * (len(x) / len(rows))
+        whole.append(t)
+    return whole
 
 
 def slope_of(kept: TrainPass, tangents: list[Tensor | None], factor: float | Tensor) -> Tensor:
