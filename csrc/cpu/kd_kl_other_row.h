@@ -86,23 +86,27 @@ KDFAST_INLINE void uncap_gradient(A* gradient, const A* capped, int64_t n, doubl
   }
 }
 
-// e = exp((x - base) / tau), its sum over [begin, end).
+// e = exp((x - base) / tau), its sum over [begin, end). The lanes' sums are added in fp64: of rows that nearly agree the
+// logarithm of two such sums is a large part of D's rounding.
 template <class A>
 KDFAST_INLINE double exponentials_of(const A* x, A* e, int64_t begin, int64_t end, A base, double inverse_tau) {
   const ExpScale<A> scale(inverse_tau);
-  double total = 0;
-  for (int64_t from = begin; from < end; from += kBlock) {
-    const int64_t to = from + kBlock < end ? from + kBlock : end;
-    A z = 0;
-#pragma omp simd reduction(+ : z)
-    for (int64_t j = from; j < to; ++j) {
-      const A value = exp_nonpositive(x[j] - base, scale);
-      e[j] = value;
-      z += value;
+  Total<A> z;
+  int64_t j = begin;
+  while (j + kCount<A> <= end) {
+    const int64_t whole = (end - j) / kCount<A> * kCount<A>, to = j + (whole < kBlock ? whole : kBlock);
+    for (; j < to; j += kCount<A>) {
+#pragma omp simd
+      for (int i = 0; i < kCount<A>; ++i) e[j + i] = exp_nonpositive(x[j + i] - base, scale);
+      add(z.lanes, load_lanes(e + j));
     }
-    total += z;
+    z.flush();
   }
-  return total;
+  for (; j < end; ++j) {
+    e[j] = exp_nonpositive(x[j] - base, scale);
+    z.before += e[j];
+  }
+  return z.before;
 }
 
 // sum e_v (v - u), both measured from their bases.
