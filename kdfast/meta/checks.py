@@ -1,23 +1,34 @@
 """What a meta-step is given, checked before anything runs: one sentence of what was expected and what came."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from kdfast.meta.inner import check_optimizer
+
+SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # by name: their modules are large
 
 
 def parameters(distiller, optimizer, meta_optimizer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trainable inner and meta-parameters, each held by its own optimizer only."""
     check_optimizer(optimizer)
     name = type(distiller).__name__
-    if wrapped := [n for n, m in distiller.named_modules() if isinstance(m, DistributedDataParallel)]:
-        raise ValueError(
-            f"{name}.{wrapped[0]} is wrapped in DistributedDataParallel, which would average gradients a second time; "
-            "give the bare module, a meta-step averages over the processes itself."
-        )
+    for path, module in distiller.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"{name}.{path} is wrapped in DistributedDataParallel, which would average gradients a second time; "
+                "give the bare module, a meta-step averages over the processes itself."
+            )
+        if any(base.__name__ in SHARDED for base in type(module).__mro__):
+            raise ValueError(
+                f"{name}.{path} is sharded by {type(module).__name__}, but a meta-step displaces whole parameters; "
+                "give the bare module, a meta-step averages over the processes itself."
+            )
     inner = [p for p in distiller.inner_parameters() if p.requires_grad]
     meta = [p for p in distiller.meta_parameters() if p.requires_grad]
     if not meta:
@@ -91,3 +102,30 @@ def train_batches(given: Any, teacher_outputs: Any) -> tuple[list, list]:
         return given, outputs
     batch("train_batch", given)
     return [given], [teacher_outputs]
+
+
+def outputs(leaves: list[Any]) -> None:
+    """The student's outputs, flattened: all tensors with a gradient must be in sight."""
+    for x in leaves:
+        hidden = () if isinstance(x, Tensor) or not hasattr(x, "__dict__") else vars(x).items()
+        for name, value in hidden:
+            if isinstance(value, Tensor) and value.requires_grad:
+                kind = type(x).__name__
+                raise TypeError(
+                    "student_outputs must return tensors, alone or in tuples, lists and dicts, got a "
+                    f"{kind} with the tensor {name!r} in it, out of sight; take it apart, or register {kind} with "
+                    "torch.utils._pytree.register_pytree_node."
+                )
+
+
+@contextmanager
+def unchanged(who: str, what: str, tree: Any) -> Iterator[None]:
+    """Raises ValueError where a tensor of the tree is written to: it is needed once more as it was."""
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, Tensor) and not x.is_inference()]
+    before = [x._version for x in tensors]
+    yield
+    if any(x._version != version for x, version in zip(tensors, before, strict=True)):
+        raise ValueError(
+            f"{who} writes to its {what} in place, which the meta-gradient needs a second time as they were; work on a "
+            "copy there, as x.clone() or inplace=False make it."
+        )

@@ -1,7 +1,7 @@
 """MetaKD: steps of a student and of its meta-parameters, with everything a training wants around them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,35 +12,12 @@ from kdfast.meta import checks, graphs, processes, tangents
 from kdfast.meta import hypergradient as hyper
 from kdfast.meta.inner import functional_step, update_slopes
 from kdfast.meta.kinks import visible
+from kdfast.meta.report import MetaStepReport, Totals
 from kdfast.meta.shadow import RandomState, Shadow, forked
 from kdfast.meta.tangents import Batch
 
 COMMITS = ("reuse", "rehead", "separate")
 VALIDATIONS = ("batch", "rolling")
-
-
-class MetaStepReport(NamedTuple):
-    """What a step did: detached scalar tensors on the student's device, not yet waited for.
-
-    Attributes:
-        loss: the training loss the student's step was taken on, before it; of this process's batches.
-        parts: its named parts.
-        validation_loss: at the student's stepped parameters, before the meta-step; None in a step without one, as
-            all that follow.
-        meta_gradient_norm: 2-norm of d validation_loss / d meta-parameters, all of them together.
-        epsilon: factor of the displacement along w (docs/math/hypergradient.md).
-        tangent_error: relative error of the training loss's derivative along w, which is known, with the tangent the
-            meta-gradient is made of; about that of the meta-gradient. NaN in a skipped update on the CPU.
-        skipped: bool; the meta-gradient was zero along all of the student, or not finite, and zero is in its place.
-    """
-
-    loss: Tensor
-    parts: dict[str, Tensor]
-    validation_loss: Tensor | None = None
-    meta_gradient_norm: Tensor | None = None
-    epsilon: Tensor | None = None
-    tangent_error: Tensor | None = None
-    skipped: Tensor | None = None
 
 
 class MetaKD:
@@ -121,7 +98,8 @@ class MetaKD:
                 checks.choice(name, value, allowed)
         checks.options(commit, validation, every, fraction, radius, max_norm)
         self.distiller, self.optimizer, self.meta_optimizer = distiller, optimizer, meta_optimizer
-        self._inner, self._meta = checks.parameters(distiller, optimizer, meta_optimizer)
+        self._learned = [*distiller.inner_parameters(), *distiller.meta_parameters()]
+        self._find_trained()
         self.tangent, self.commit, self.validation = tangent, commit, validation
         self.every, self.fraction, self.radius = every, fraction, radius
         self.max_norm, self.scaler = max_norm, scaler
@@ -161,6 +139,10 @@ class MetaKD:
                 teacher is asked.
         """
         batches, given = checks.train_batches(train_batch, teacher_outputs)
+        if [p.requires_grad for p in self._learned] != self._trained:  # frozen or thawed meanwhile
+            self._find_trained()
+            self.forget()
+            self._graphs = None if self._graphs is None else graphs.Graphs(self._devices)
         if self.wants_validation:
             checks.batch("validation_batch", validation_batch)
         if self._graphs is None:
@@ -169,6 +151,10 @@ class MetaKD:
             report = self._as_graph(batches, given, validation_batch)
         self._steps += 1
         return report
+
+    def _find_trained(self) -> None:
+        self._inner, self._meta = checks.parameters(self.distiller, self.optimizer, self.meta_optimizer)
+        self._trained = [p.requires_grad for p in self._learned]
 
     def _whole(self, batches, given, validation_batch) -> MetaStepReport:
         self.optimizer.zero_grad(set_to_none=True)
@@ -214,7 +200,7 @@ class MetaKD:
 
     # ------------------------------------------------------------ the orders of a step
     def _ordinary(self, pairs) -> MetaStepReport:
-        totals = _Totals()
+        totals = Totals()
         for batch, taught in pairs:
             outputs = self.distiller.student_outputs(batch[0])
             parts = self.distiller.losses(outputs, taught, batch[1])
@@ -225,7 +211,7 @@ class MetaKD:
 
     def _reuse(self, pairs, validation_batch: Batch) -> MetaStepReport:
         shadow, theta = Shadow(self.distiller, self._inner), [p.detach().clone() for p in self._inner]
-        totals, passes = _Totals(), []
+        totals, passes = Totals(), []
         for batch, taught in pairs:
             parts, kept = tangents.train_pass(self.distiller, batch, taught, self._devices, self._kinks())
             passes.append(kept)
@@ -251,10 +237,11 @@ class MetaKD:
                 terms = zip(pairs, passed, strict=True)
                 losses = [self.distiller.validation_loss(own.outputs, batch[1]) for (batch, _), own in terms]
                 loss = sum(losses) / len(losses)
-                v = self._gradient(loss, self._inner, retain_graph=True)
+                shadowed = self._pending.shadow.again
+                v = shadowed(self._inner, lambda _: self._gradient(loss, self._inner, retain_graph=True))
                 loss, found = loss.detach(), self._learn(self._pending, v)
             self._pending = None
-        totals, passes = _Totals(), []
+        totals, passes = Totals(), []
         for (batch, taught), own in zip(pairs, passed, strict=True):
             if learns_next:
                 parts, kept = tangents.head_pass(self.distiller, own, batch, taught, self._devices)
@@ -282,7 +269,8 @@ class MetaKD:
                 parts, kept = shadow.at(inner, tangents.head_pass, own, batch, taught, self._devices)
             passes.append(kept)
             losses.append(sum(parts.values()))
-        gradients = self._gradient(sum(losses) / len(losses), inner, retain_graph=not again)
+        mean = sum(losses) / len(losses)
+        gradients = shadow.again(inner, lambda _: self._gradient(mean, inner, retain_graph=not again))
         factor = 1 / len(losses) if self.scaler is None else self._scale() / len(losses)
         clipped = None if self.max_norm is None else hyper.clip(gradients, self.max_norm)
         if clipped is not None:
@@ -297,8 +285,8 @@ class MetaKD:
         if again:
             begin.replay()
             report = self._ordinary(pairs)
-            return _Totals(report.loss, report.parts).report(loss, found)
-        totals = _Totals()
+            return Totals(report.loss, report.parts).report(loss, found)
+        totals = Totals()
         for (batch, taught), outputs, kept in zip(pairs, all_outputs, passes, strict=True):
             kept.head.replay()
             parts = self.distiller.losses(outputs, taught, batch[1])
@@ -315,8 +303,11 @@ class MetaKD:
 
     def _kinks(self) -> bool:
         """Whether the passes of a step from which a difference is taken hold its units."""
-        tangent = self.tangent or hyper.default_tangent(self._inner[0])
-        return tangent in hyper.DIFFERENCES and visible(self.distiller)
+        if self.tangent not in (None, *hyper.DIFFERENCES):
+            return False
+        if self.tangent is not None and self.radius is None:
+            hyper.default_radius(self.tangent, self._inner[0])  # raises, before anything has run, where there is none
+        return visible(self.distiller)
 
     def _scale(self) -> Tensor:
         return self.scaler.scale(torch.ones((), device=self._inner[0].device))
@@ -356,14 +347,19 @@ class MetaKD:
 
     def _validated(self, shadow: Shadow, values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
         """The validation loss at the stepped parameters, and its gradient v there."""
-        loss = shadow.at(values, hyper.validation_loss, batch)
-        return loss.detach(), self._gradient(loss, values)
+
+        def validated(distiller):  # backward inside: what is checkpointed runs again, there and not on the live student
+            loss = hyper.validation_loss(distiller, batch)
+            return loss.detach(), self._gradient(loss, values)
+
+        return shadow.at(values, validated)
 
     def _learn(self, taken: hyper.Taken, v: Sequence[Tensor | None]) -> hyper.Hypergradient:
         """The meta-step along the meta-gradient of a step that was taken."""
-        tangent = self.tangent or hyper.default_tangent(self._inner[0])
-        held = all(kept.sides is not None for kept in taken.passes)
-        radius = self.radius or hyper.default_radius(tangent, self._inner[0], held)
+        sixteen = hyper.sixteen_bits(self._inner, taken.passes)
+        tangent = self.tangent or hyper.default_tangent(self._inner[0], sixteen)
+        held = all(kept.path is not None for kept in taken.passes)
+        radius = self.radius or hyper.default_radius(tangent, self._inner[0], held, sixteen)
         found = hyper.hypergradient(taken, v, self._meta, tangent, radius, self.fraction)
         for p, h in zip(self._meta, found.values, strict=True):
             p.grad = h
@@ -371,30 +367,3 @@ class MetaKD:
         if not found.usable.is_cpu or found.usable:
             self.meta_optimizer.step()
         return found
-
-
-class _Totals:
-    """The parts of the training loss, averaged over a step's batches."""
-
-    def __init__(self, loss: Tensor | float = 0.0, parts: dict[str, Tensor] | None = None):
-        self.loss, self.parts = loss, parts or {}
-
-    def add(self, parts: dict[str, Tensor], count: int) -> None:
-        loss = sum(parts.values()).detach()
-        self.loss = loss if count == 1 else self.loss + loss / count
-        for name, part in parts.items():
-            share = part.detach() if count == 1 else part.detach() / count
-            self.parts[name] = self.parts[name] + share if name in self.parts else share
-
-    def report(self, validation_loss=None, found: hyper.Hypergradient | None = None) -> MetaStepReport:
-        if found is None:
-            return MetaStepReport(self.loss, self.parts)
-        return MetaStepReport(
-            loss=self.loss,
-            parts=self.parts,
-            validation_loss=validation_loss,
-            meta_gradient_norm=torch.stack([h.norm() for h in found.values]).norm(),
-            epsilon=found.epsilon,
-            tangent_error=found.tangent_error,
-            skipped=~found.usable,
-        )

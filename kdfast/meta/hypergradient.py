@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from kdfast.meta import processes, tangents
 from kdfast.meta.inner import functional_step
@@ -167,7 +168,7 @@ class Hypergradient(NamedTuple):
         values: h, shaped like the meta-parameters; zero where it could not be had.
         tangent_error: relative error of D, which is known, with the tangent that h was made of.
         epsilon: factor of the displacement along w.
-        usable: bool, whether h is the meta-gradient or a zero in its place.
+        usable: bool, whether h is the meta-gradient or a zero in its place; False where the loss has no phi in it.
     """
 
     values: list[Tensor]
@@ -191,19 +192,22 @@ def hypergradient(
     if along.usable.is_cpu and not along.usable:
         return Hypergradient([torch.zeros_like(p) for p in meta], along.slope * torch.nan, along.epsilon, along.usable)
     values, known = [torch.zeros_like(p) for p in meta], along.slope.new_zeros(())
+    reached = torch.zeros_like(known)  # by how many passes any meta-parameter was
     for kept in taken.passes:
         h, d = _of_pass(taken, kept, along, meta, tangent, fraction)
-        torch._foreach_add_(values, h, alpha=1 / len(taken.passes))
+        if found := [(value, x) for value, x in zip(values, h, strict=True) if x is not None]:
+            torch._foreach_add_(*map(list, zip(*found, strict=True)), alpha=1 / len(taken.passes))
+            reached += 1
         known += d.detach() / len(taken.passes)
-    *values, known = processes.average([*values, known], [*meta, known])
+    *values, known, reached = processes.average([*values, known, reached], [*meta, known, reached])
     error = (known - along.slope).abs() / along.size
-    usable = along.usable & torch.stack([x.isfinite().all() for x in values]).all()
+    usable = along.usable & (reached > 0) & torch.stack([x.isfinite().all() for x in values]).all()
     values = [torch.where(usable, x, 0.0).to(p.dtype) for p, x in zip(meta, values, strict=True)]
     return Hypergradient(values, error, along.epsilon, usable)
 
 
 def _of_pass(taken: Taken, kept: TrainPass, along: Direction, meta, tangent: str, fraction: float):
-    """(h, D) of one training pass."""
+    """(h, D) of one training pass; None in h where the loss has no such meta-parameter in it."""
     shadow, theta = taken.shadow, taken.theta
     part = kept if fraction == 1 else tangents.part_of(kept, fraction)
     if tangent == "exact":
@@ -226,19 +230,23 @@ def _of_pass(taken: Taken, kept: TrainPass, along: Direction, meta, tangent: str
         general = lambda: tangents.loss_along(shadow, kept, theta, w, moved)  # noqa: E731
         d = kept.slope(tangents.as_outputs(kept, moved), taken.factor, general)
         known = tangents.slope_of(kept, moved, taken.factor)
-    h = gradient_of(d, meta)
-    return [x / width for x in h], known / width
+    h = shadow.again(theta, lambda _: gradient_of(d, meta))
+    return [None if x is None else x / width for x in h], known / width
 
 
 def _by_double_backward(shadow: Shadow, kept: TrainPass, theta, w, meta):
     """(h, D) with <g, w> differentiated through g."""
     kept.start.replay()
     at = [x.detach().requires_grad_() for x in theta]
-    loss = sum(shadow.at(at, train_parts, kept.batch, kept.teacher_outputs).values())
-    gradients = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
-    pairs = [(g, x) for g, x in zip(gradients, w, strict=True) if g is not None and x is not None]
-    slope = sum((g * x).sum() for g, x in pairs)
-    return gradient_of(slope, meta), slope
+
+    def differentiated(distiller):
+        loss = sum(train_parts(distiller, kept.batch, kept.teacher_outputs).values())
+        gradients = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
+        pairs = [(g, x) for g, x in zip(gradients, w, strict=True) if g is not None and x is not None]
+        slope = sum((g * x).sum() for g, x in pairs)
+        return gradient_of(slope, meta), slope
+
+    return shadow.at(at, differentiated)
 
 
 def train_parts(distiller, batch: Batch, teacher_outputs: Any) -> dict[str, Tensor]:
@@ -247,27 +255,43 @@ def train_parts(distiller, batch: Batch, teacher_outputs: Any) -> dict[str, Tens
     return distiller.losses(distiller.student_outputs(inputs), teacher_outputs, targets)
 
 
-def gradient_of(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Like autograd.grad, with zeros where the value does not depend on a parameter."""
+def gradient_of(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Like autograd.grad, with None where the value does not depend on a parameter, be it on none."""
     if not value.requires_grad:
-        return [torch.zeros_like(p) for p in parameters]
-    return list(torch.autograd.grad(value, parameters, materialize_grads=True))
+        return [None] * len(parameters)
+    return list(torch.autograd.grad(value, parameters, allow_unused=True))
 
 
-def default_tangent(parameter: Tensor) -> str:
+def sixteen_bits(parameters: Sequence[Tensor], passes: Sequence[TrainPass]) -> torch.dtype | None:
+    """The 16-bit type in which a part of the student computed: some parameters', an output's, or, where its functions
+    could be seen, one of an autocast inside the student."""
+    found = {p.dtype for p in parameters}
+    for kept in passes:
+        found |= {x.dtype for x in tree_leaves(kept.outputs) if isinstance(x, Tensor)}
+        found |= set() if kept.path is None else {kept.path.sixteen}
+    return next((x for x in (torch.bfloat16, torch.float16) if x in found), None)
+
+
+def default_tangent(parameter: Tensor, sixteen: torch.dtype | None = None) -> str:
     """The cheapest whose error is known to be small in the precision in which the student computes."""
-    return "forward" if ("forward", _precision(parameter)) in RADIUS else "central"
+    return "forward" if ("forward", _precision(parameter, sixteen)) in RADIUS else "central"
 
 
-def default_radius(tangent: str, parameter: Tensor, held: bool = True) -> float:
+def default_radius(tangent: str, parameter: Tensor, held: bool = True, sixteen: torch.dtype | None = None) -> float:
     """The displacement's relative size for the precision in which the student computes, its units held or not.
+
+    Args:
+        tangent: one of TANGENTS.
+        parameter: of the student.
+        held: whether its units are.
+        sixteen: see `sixteen_bits`.
 
     Raises:
         ValueError: where no size is known to be accurate.
     """
     if tangent in ("jvp", "exact"):
         return 1.0  # nothing is displaced
-    precision = _precision(parameter)
+    precision = _precision(parameter, sixteen)
     if (tangent, precision) not in RADIUS:
         way_out = 'tangent="central", or radius=...' if ("central", precision) in RADIUS else "radius=..."
         raise ValueError(
@@ -277,9 +301,9 @@ def default_radius(tangent: str, parameter: Tensor, held: bool = True) -> float:
     return (RADIUS if held else RADIUS_SWITCHING)[tangent, precision]
 
 
-def _precision(parameter: Tensor) -> str:
+def _precision(parameter: Tensor, sixteen: torch.dtype | None) -> str:
     device = parameter.device.type
-    dtype = parameter.dtype
+    dtype = parameter.dtype if sixteen is None else sixteen
     if torch.is_autocast_enabled(device) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(device)
     rounded = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
@@ -319,9 +343,26 @@ def exact_hypergradient(
     if teacher_outputs is None:
         teacher_outputs = distiller.teacher_outputs(train_batch[0])
     shadow = Shadow(distiller, inner)
-    with torch.random.fork_rng(shadow.devices):
-        theta = [p.detach().clone().requires_grad_() for p in inner]
-        loss = sum(shadow.at(theta, train_parts, train_batch, teacher_outputs).values())
+    theta = [p.detach().clone().requires_grad_() for p in inner]
+
+    # Each backward pass is taken where its forward pass was: what is checkpointed runs again there.
+    def step(distiller):
+        loss = sum(train_parts(distiller, train_batch, teacher_outputs).values())
         gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
-        stepped = functional_step(optimizer, inner, theta, gradients)
-        return gradient_of(shadow.at(stepped, validation_loss, validation_batch), meta)
+        return functional_step(optimizer, inner, theta, gradients)
+
+    def validated(distiller):
+        loss = validation_loss(distiller, validation_batch)
+        return torch.autograd.grad(loss, [*at, *meta], allow_unused=True)
+
+    with torch.random.fork_rng(shadow.devices):
+        stepped = shadow.at(theta, step)
+        at = [x.detach().requires_grad_() for x in stepped]
+        gradients = shadow.at(at, validated)
+        v, direct = gradients[: len(at)], gradients[len(at) :]
+        along = sum((x * y).sum() for x, y in zip(stepped, v, strict=True) if y is not None)
+        through = shadow.again(theta, lambda _: gradient_of(torch.as_tensor(along), meta))
+    return [
+        sum((x for x in terms if x is not None), torch.zeros_like(p))
+        for p, *terms in zip(meta, through, direct, strict=True)
+    ]

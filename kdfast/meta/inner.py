@@ -73,6 +73,10 @@ def update_slopes(
     To be called before `optimizer.step()`, on which the state moves on.
     """
     groups = _groups(optimizer)
+    if any(g is not None and g.layout is not torch.strided for g in gradients):
+        raise ValueError(
+            "The meta-gradient needs dense gradients, got a sparse one; build the embedding with sparse=False."
+        )
     return [
         None if g is None else _rule(optimizer)[1](groups[id(p)], optimizer.state.get(p, {}), p, g)
         for p, g in zip(parameters, gradients, strict=True)

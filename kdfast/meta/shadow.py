@@ -61,13 +61,45 @@ class Shadow:
 
     def __init__(self, distiller: nn.Module, inner: Sequence[nn.Parameter]):
         self.module = _Halves(distiller)
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        self.names = [names[id(p)] for p in inner]
-        self.buffers = {name: b.clone() for name, b in self.module.named_buffers()}
+        places, buffers = _places(self.module)
+        self.names = [places[id(p)] for p in inner]
+        self.buffers = [(names, b.clone()) for names, b in buffers.values()]
+        self._last: list[Tensor] | None = None
         self.devices = sorted({p.device.index for p in inner if p.is_cuda})
 
     def at(self, values: Sequence[Tensor], function: Callable, *args) -> Any:
         """`function(distiller, *args)` with the inner parameters at `values` (shaped like them)."""
-        tensors = {name: b.clone() for name, b in self.buffers.items()}
-        tensors |= dict(zip(self.names, values, strict=True))
-        return functional_call(self.module, tensors, (function, *args))
+        self._last = [b.clone() for _, b in self.buffers]
+        return self._with(self._last, values, function, *args)
+
+    def again(self, values: Sequence[Tensor], function: Callable[[Any], Any]) -> Any:
+        """`function(distiller)`, a backward pass of a forward pass at `values`: there what is checkpointed runs again,
+        on the buffers of the last evaluation, of which nothing is kept."""
+        if self._last is None:
+            self._last = [b.clone() for _, b in self.buffers]
+        return self._with(self._last, values, function)
+
+    def _with(self, buffers: list[Tensor], values: Sequence[Tensor], function: Callable, *args) -> Any:
+        tensors = {}
+        for (names, _), b in zip(self.buffers, buffers, strict=True):
+            tensors |= dict.fromkeys(names, b)
+        for names, value in zip(self.names, values, strict=True):
+            tensors |= dict.fromkeys(names, value)
+        return functional_call(self.module, tensors, (function, *args), tie_weights=False)
+
+
+def _places(module: nn.Module) -> tuple[dict[int, list[str]], dict[int, tuple[list[str], Tensor]]]:
+    """Where each parameter is, and each buffer with it, by its id: all places if it is tied, but each module once.
+
+    functional_call ties by itself, but leaves a module that is registered twice at the values it was given.
+    """
+    parameters: dict[int, list[str]] = {}
+    buffers: dict[int, tuple[list[str], Tensor]] = {}
+    for prefix, owner in module.named_modules():
+        prefix = f"{prefix}." if prefix else ""
+        for name, p in owner._parameters.items():
+            parameters.setdefault(id(p), []).append(prefix + name)
+        for name, b in owner._buffers.items():
+            if b is not None:
+                buffers.setdefault(id(b), ([], b))[0].append(prefix + name)
+    return parameters, buffers

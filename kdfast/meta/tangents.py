@@ -21,7 +21,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from kdfast.meta.kinks import held, recorded
+from kdfast.meta import checks
+from kdfast.meta.kinks import ConstantsStay, Path, held, recorded
 from kdfast.meta.shadow import RandomState, Shadow
 
 Batch = tuple[Any, Any]  # inputs, targets
@@ -35,7 +36,8 @@ class TrainPass:
         batch, teacher_outputs: of the head.
         outputs: the student's, detached.
         start, head: random states at the beginning of the student's forward and of the head's.
-        sides: of the student's units (kdfast/meta/kinks.py), where a difference is to be taken with these held.
+        path: which the student took (kdfast/meta/kinks.py), where a difference is to be taken along the same.
+        moving: of each of the outputs' leaves, whether it has a gradient; the others are constants.
         slope: see `Distiller.losses_and_slope`; None where the method has none.
         gradients: dL/df of each of the outputs' tensors, by their place, once the backward pass has run.
     """
@@ -45,7 +47,8 @@ class TrainPass:
     outputs: Any
     start: RandomState
     head: RandomState
-    sides: list[Tensor] | None = None
+    path: Path | None = None
+    moving: list[bool] = field(default_factory=list)
     slope: Callable | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
@@ -55,28 +58,32 @@ class StudentPass(NamedTuple):
 
     outputs: Any
     start: RandomState
-    sides: list[Tensor] | None
+    path: Path | None
 
 
 def student_pass(distiller, inputs: Any, devices, kinks: bool = False) -> StudentPass:
-    """The student's forward pass; with `kinks` the sides of its units are kept."""
-    start, sides = RandomState(devices), None
-    if kinks:
-        outputs, sides = recorded(distiller.student_outputs, inputs)
-    else:
-        outputs = distiller.student_outputs(inputs)
-    return StudentPass(outputs, start, sides)
+    """The student's forward pass; with `kinks` its path is kept."""
+    start, path = RandomState(devices), None
+    with checks.unchanged("The student", "inputs", inputs):
+        if kinks:
+            outputs, path = recorded(distiller.student_outputs, inputs)
+        else:
+            outputs = distiller.student_outputs(inputs)
+    return StudentPass(outputs, start, path)
 
 
 def head_pass(distiller, passed: StudentPass, batch: Batch, teacher_outputs: Any, devices):
     """(the named parts of the training loss, the `TrainPass`)."""
-    outputs, start, sides = passed
-    kept = TrainPass(batch, teacher_outputs, tree_map(_detached, outputs), start, RandomState(devices), sides)
+    outputs, start, path = passed
     leaves, structure = tree_flatten(outputs)
+    checks.outputs(leaves)
+    moving = [_differentiable(x) for x in leaves]
+    kept = TrainPass(batch, teacher_outputs, tree_map(_detached, outputs), start, RandomState(devices), path, moving)
     # Aliases: a feature's own gradient would hold the deeper layers' part as well.
-    leaves = [_observed(x, kept.gradients, i) if _differentiable(x) else x for i, x in enumerate(leaves)]
+    leaves = [_observed(x, kept.gradients, i) if moving[i] else x for i, x in enumerate(leaves)]
     outputs = tree_unflatten(leaves, structure)
-    parts, kept.slope = distiller.losses_and_slope(outputs, teacher_outputs, batch[1])
+    with checks.unchanged("The head", "outputs, teacher outputs or targets", (kept.outputs, teacher_outputs, batch[1])):
+        parts, kept.slope = distiller.losses_and_slope(outputs, teacher_outputs, batch[1])
     return parts, kept
 
 
@@ -88,7 +95,12 @@ def train_pass(
 
 
 def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x
+    if not isinstance(x, Tensor):
+        return x
+    root = x._base if x._is_view() else x
+    return (
+        x.detach().clone() if root.is_leaf else x.detach()
+    )  # a parameter or buffer itself, which the step will change
 
 
 def _differentiable(x: Any) -> bool:
@@ -105,45 +117,46 @@ def _observed(x: Tensor, gradients: dict[int, Tensor], place: int) -> Tensor:
 def difference(
     shadow: Shadow, kept: TrainPass, ahead: Sequence[Tensor], behind: Sequence[Tensor] | None
 ) -> list[Tensor | None]:
-    """f(ahead) - f(behind) of each of the outputs' tensors, in the accumulating type; without `behind` from f(theta),
-    which the training pass has."""
+    """f(ahead) - f(behind) of each of the outputs' tensors, in the accumulating type, None of a constant; without
+    `behind` from f(theta), which the training pass has."""
     here = _leaves(evaluated(shadow, kept, ahead))
     there = _leaves(kept.outputs if behind is None else evaluated(shadow, kept, behind))
-    return [_wide(a) - _wide(b) if _is_float(a) else None for a, b in zip(here, there, strict=True)]
+    return [_wide(a) - _wide(b) if m else None for m, a, b in zip(kept.moving, here, there, strict=True)]
 
 
 @torch.no_grad()
 def evaluated(shadow: Shadow, kept: TrainPass, values: Sequence[Tensor]) -> Any:
-    """The student's outputs for the pass's batch at other parameters, with the pass's own random numbers, its units on
-    the pass's sides where those were kept."""
+    """The student's outputs for the pass's batch at other parameters, with the pass's own random numbers, on the pass's
+    path where that was kept."""
     kept.start.replay()
     evaluate = lambda: shadow.at(values, lambda distiller: distiller.student_outputs(kept.batch[0]))  # noqa: E731
-    return evaluate() if kept.sides is None else held(kept.sides, evaluate)
+    return evaluate() if kept.path is None else tree_map(_detached, held(kept.path, evaluate))
 
 
 @torch.no_grad()
 def begin_part(shadow: Shadow, kept: TrainPass, theta: Sequence[Tensor]) -> None:
     """Give a `part_of` a pass its own outputs at theta."""
     kept.start.replay()
-    again = shadow.at(theta, student_pass, kept.batch[0], shadow.devices, kept.sides is not None)
-    kept.outputs, kept.sides = again.outputs, again.sides
+    again = shadow.at(theta, student_pass, kept.batch[0], shadow.devices, kept.path is not None)
+    kept.outputs, kept.path = tree_map(_detached, again.outputs), again.path
 
 
-@torch.no_grad()
+@torch.enable_grad()  # of theta, which needs none: the student's own torch.no_grad() is to be told apart
 def jvp(
     shadow: Shadow, kept: TrainPass, theta: Sequence[Tensor], w: Sequence[Tensor | None]
 ) -> tuple[Any, list[Tensor | None]]:
     """The outputs at theta and their tangents in forward mode, exact, in the parameters' own precision."""
     kept.start.replay()
     device = theta[0].device.type
-    with torch.autocast(device, enabled=False), forward_ad.dual_level():
+    with torch.autocast(device, enabled=False), forward_ad.dual_level(), ConstantsStay():
         duals = [x if t is None else forward_ad.make_dual(x, t) for x, t in zip(theta, w, strict=True)]
         outputs = shadow.at(duals, lambda distiller: distiller.student_outputs(kept.batch[0]))
         pairs = [forward_ad.unpack_dual(x) if _is_float(x) else None for x in _leaves(outputs)]
         tangents = [None if pair is None else pair.tangent for pair in pairs]
         primal = tree_map(lambda x: forward_ad.unpack_dual(x).primal if _is_float(x) else x, outputs)
     return primal, [
-        torch.zeros_like(x) if t is None and _is_float(x) else t for x, t in zip(_leaves(primal), tangents, strict=True)
+        None if not m else torch.zeros_like(x) if t is None else t
+        for m, x, t in zip(kept.moving, _leaves(primal), tangents, strict=True)
     ]
 
 
@@ -165,9 +178,13 @@ def loss_along(
     teacher_outputs = tree_map(lambda x: _as(x, like) if _is_float(x) else x, kept.teacher_outputs)
     pairs = [(x, _as(t, like)) for x, t in zip([*leaves, *values], [*tangents, *w], strict=True) if t is not None]
     with torch.autocast(theta[0].device.type, enabled=False), torch.enable_grad():
-        parts = shadow.at(values, lambda d: _eager(d.losses)(outputs, teacher_outputs, kept.batch[1]))
         at = [x for x, _ in pairs]
-        gradients = torch.autograd.grad(sum(parts.values()), at, create_graph=True, allow_unused=True)
+
+        def gradients_of(distiller):
+            parts = _eager(distiller.losses)(outputs, teacher_outputs, kept.batch[1])
+            return torch.autograd.grad(sum(parts.values()), at, create_graph=True, allow_unused=True)
+
+        gradients = shadow.at(values, gradients_of)
         dots = [(g * t).sum() for g, (_, t) in zip(gradients, pairs, strict=True) if g is not None]
     return sum(dots) if dots else theta[0].new_zeros(())
 
@@ -199,8 +216,10 @@ def slope_of(kept: TrainPass, tangents: list[Tensor | None], factor: float | Ten
 
 
 def as_outputs(kept: TrainPass, tangents: list[Tensor | None]) -> Any:
-    """The tangents in the structure of the outputs."""
-    return tree_unflatten(tangents, tree_flatten(kept.outputs)[1])
+    """The tangents in the structure of the outputs, of a constant zeros."""
+    leaves, structure = tree_flatten(kept.outputs)
+    tangents = [torch.zeros_like(x) if t is None and _is_float(x) else t for x, t in zip(leaves, tangents, strict=True)]
+    return tree_unflatten(tangents, structure)
 
 
 def part_of(kept: TrainPass, fraction: float) -> TrainPass:
@@ -210,7 +229,7 @@ def part_of(kept: TrainPass, fraction: float) -> TrainPass:
     share = max(1, round(fraction * count))
     cut = lambda x: x[:share] if isinstance(x, Tensor) and x.dim() and len(x) == count else x  # noqa: E731
     batch, teacher_outputs = (tree_map(cut, x) for x in ((inputs, targets), kept.teacher_outputs))
-    return TrainPass(batch, teacher_outputs, None, kept.start, kept.head, kept.sides)
+    return TrainPass(batch, teacher_outputs, None, kept.start, kept.head, kept.path, kept.moving)
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -189,12 +189,13 @@ class MetaDistiller(SelfDistillation):
         detach_targets: whether the soft targets are constants to the student, as a teacher's are. The paper does not
             say; if not, the exits' losses also shape the deeper features to be what exits can follow.
         generator_width: channels inside the generator; by default the last stage's, at most 128. The paper names none.
+        generator: a module of your own in its place: of the list of K feature maps, to a list of the exits' K-1 logits.
         meta_objective: "final": the validation loss of the final output; "all": the sum over it and all exits. The
             paper says "standard cross entropy loss".
         task_loss, validation_loss: see `Distiller`.
 
     Attributes:
-        generator: the `LabelGenerator`.
+        generator: the `LabelGenerator`, or yours.
         meta_active: whether the generator learns in this epoch; True until `start_epoch` is called.
         meta_halves: True: each epoch with meta-steps wants two new random halves of the training data.
 
@@ -226,6 +227,7 @@ class MetaDistiller(SelfDistillation):
         meta_every_epochs: int = 5,
         detach_targets: bool = True,
         generator_width: int | None = None,
+        generator: nn.Module | None = None,
         meta_objective: str = "final",
         **options: Any,
     ):
@@ -238,7 +240,13 @@ class MetaDistiller(SelfDistillation):
         width = min(self.channels[-1], WIDEST_GENERATOR) if generator_width is None else generator_width
         if width < 1:
             raise ValueError(f"generator_width must be positive, got {width}.")
-        self.generator = LabelGenerator(self.channels, self.classes, self.strides, width, self._kind)
+        if generator is not None and generator_width is not None:
+            raise ValueError(
+                "generator_width is of the built-in generator; leave it out beside a generator of your own."
+            )
+        if generator is None:
+            generator = LabelGenerator(self.channels, self.classes, self.strides, width, self._kind)
+        self.generator = generator
         self.meta_every_epochs, self.meta_active = meta_every_epochs, True
         self.detach_targets, self.meta_objective = detach_targets, meta_objective
 

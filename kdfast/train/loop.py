@@ -32,6 +32,7 @@ def accumulated_step(
     *,
     autocast: AbstractContextManager | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    max_norm: float | None = None,
 ) -> dict[str, Tensor]:
     """One step on the mean loss of several batches, and of all processes; returns the loss parts before it, detached.
 
@@ -41,6 +42,7 @@ def accumulated_step(
         optimizer: of `distiller.inner_parameters()`.
         autocast: entered for each forward pass.
         scaler: of float16 training; the step is left out where it finds an overflow.
+        max_norm: the gradient is clipped to this 2-norm.
     """
     optimizer.zero_grad(set_to_none=True)
     # Only what the optimizer holds: meta-parameters that are fixed here would gather gradients for nothing.
@@ -57,6 +59,10 @@ def accumulated_step(
             part = part.detach() / len(group)
             totals[name] = totals[name] + part if name in totals else part
     distributed.average_gradients(trained)
+    if max_norm is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(trained, max_norm)
     if scaler is None:
         optimizer.step()
     else:

@@ -205,8 +205,9 @@ class Trainer:
         if not (learns and self._engine.learns_first):
             self._record_weights()
         rates = [held["lr"] for held in self.optimizer.param_groups]
-        for held in self.optimizer.param_groups:
-            held["lr"] *= getattr(self.distiller, "lr_factor", 1.0)
+        if (factor := getattr(self.distiller, "lr_factor", 1.0)) != 1:
+            for held in self.optimizer.param_groups:
+                held["lr"] = held["lr"] * factor  # a tensor is the schedule's own
         start = time.perf_counter()
         if learns:
             known = [outputs[0] for _, _, *outputs in group if outputs] or None
@@ -216,8 +217,10 @@ class Trainer:
             if self._engine.learns_first:
                 self._record_weights()
         else:
-            autocast = self._autocast()
-            parts = accumulated_step(self.distiller, group, self.optimizer, autocast=autocast, scaler=self._scaler)
+            parts = accumulated_step(
+                self.distiller, group, self.optimizer, autocast=self._autocast(), scaler=self._scaler,
+                max_norm=None if self._engine is None else self._engine.max_norm,
+            )  # fmt: skip
         seconds = time.perf_counter() - start
         for held, rate in zip(self.optimizer.param_groups, rates, strict=True):
             held["lr"] = rate  # the schedule's, which may build on it

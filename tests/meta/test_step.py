@@ -262,6 +262,14 @@ def wrapped(arguments):
     return {"distiller": distiller}
 
 
+def sharded(arguments):
+    class FSDPModule(type(arguments["distiller"].student)):
+        """What `fully_shard` makes of a class."""
+
+    arguments["distiller"].student.__class__ = FSDPModule
+    return {}
+
+
 ERRORS = {
     "no meta-parameters": (alone, ValueError, r"Alone has no meta-parameters to learn; train it with an ordinary"),
     "shared": (
@@ -301,6 +309,7 @@ ERRORS = {
         ValueError,
         r"Connected.student is wrapped in DistributedDataParallel, .* give the bare module",
     ),
+    "sharded": (sharded, ValueError, r"Connected.student is sharded by FSDPModule, .* give the bare module"),
     "teachers": (
         lambda a: {"train_batch": [a["train_batch"]] * 2, "teacher_outputs": [None]},
         ValueError,

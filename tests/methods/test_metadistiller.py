@@ -261,6 +261,26 @@ def test_meta_step_leaves_student_exits_and_statistics_as_an_ordinary_step_does(
     assert states[0]["generator.exits.0.layers.1.num_batches_tracked"] == 1
 
 
+def test_a_generator_of_ones_own():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(WIDTHS[-1], 4)
+
+        def forward(self, features):
+            return [self.linear(features[-1].mean((2, 3)))] * (len(features) - 1)
+
+    distiller = double(MetaDistiller, generator=Pooled())
+    batches = batch(), batch()
+    optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.1)
+    expected = exact_hypergradient(distiller, *batches, optimizer)
+    meta_kd_step(distiller, *batches, optimizer, torch.optim.SGD(distiller.meta_parameters(), lr=0.1))
+    for p, h in zip(distiller.generator.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, h, rtol=1e-3, atol=1e-3 * h.abs().max().item())
+    with pytest.raises(ValueError, match="leave it out beside a generator of your own"):
+        double(MetaDistiller, generator=Pooled(), generator_width=3)
+
+
 def test_generator_learns_in_every_fifth_epoch_from_the_first():
     distiller = double(MetaDistiller)
     assert distiller.meta_active and distiller.meta_halves

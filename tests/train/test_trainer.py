@@ -240,7 +240,24 @@ def test_steps_are_ordinary_while_the_method_says_so():
     assert seen == [(0, False)] * 6 + [(1, True)] * 6
 
 
-def test_a_methods_own_factor_multiplies_the_rate():
+def test_ordinary_steps_are_clipped_as_the_meta_steps_are():
+    norms = []
+
+    def watch(optimizer, args, kwargs):
+        held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(held).item())
+
+    torch.manual_seed(0)
+    distiller = MKD(Net(), Net(), meta_last_epochs=1)
+    optimizer = torch.optim.SGD(distiller.inner_parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(watch)
+    meta = {"meta_optimizer": torch.optim.SGD(distiller.meta_parameters(), lr=0.1), "meta": {"max_norm": 1e-3}}
+    Trainer(distiller, stream(), optimizer, epochs=2, validation_batches=stream(10, seed=5), **meta).run()
+    assert norms == pytest.approx([1e-3] * 12, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_methods_own_factor_multiplies_the_rate(kind):
     class Falling(Alone):
         lr_factor = 1.0
 
@@ -251,12 +268,12 @@ def test_a_methods_own_factor_multiplies_the_rate():
 
     class Watched(torch.optim.SGD):
         def step(self):
-            used.append(self.param_groups[0]["lr"])
+            used.append(float(self.param_groups[0]["lr"]))
             super().step()
 
     torch.manual_seed(0)
     distiller = Falling(Net())
-    optimizer = Watched(distiller.inner_parameters(), lr=0.2)
+    optimizer = Watched(distiller.inner_parameters(), lr=kind(0.2))
     decay = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.9)  # builds on the rate it finds
     history = Trainer(distiller, stream(12), optimizer, epochs=2, scheduler=decay).run()
     assert [record.lr for record in history.epochs] == pytest.approx([0.2 * 0.9**3, 0.2 * 0.9**6 * 0.5])
