@@ -78,7 +78,7 @@ def head_pass(distiller, passed: StudentPass, batch: Batch, teacher_outputs: Any
     leaves, structure = tree_flatten(outputs)
     checks.outputs(leaves)
     moving = [_differentiable(x) for x in leaves]
-    kept = TrainPass(batch, teacher_outputs, tree_map(_detached, outputs), start, RandomState(devices), path, moving)
+    kept = TrainPass(batch, teacher_outputs, tree_map(_kept, outputs), start, RandomState(devices), path, moving)
     # Aliases: a feature's own gradient would hold the deeper layers' part as well.
     leaves = [_observed(x, kept.gradients, i) if moving[i] else x for i, x in enumerate(leaves)]
     outputs = tree_unflatten(leaves, structure)
@@ -95,12 +95,14 @@ def train_pass(
 
 
 def _detached(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    root = x._base if x._is_view() else x
-    return (
-        x.detach().clone() if root.is_leaf else x.detach()
-    )  # a parameter or buffer itself, which the step will change
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _kept(x: Any) -> Any:
+    """Detached, and a copy where it may be a parameter or buffer itself, which the step will change."""
+    if isinstance(x, Tensor) and (x._base if x._is_view() else x).is_leaf:
+        return x.detach().clone()
+    return _detached(x)
 
 
 def _differentiable(x: Any) -> bool:
