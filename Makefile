@@ -72,12 +72,13 @@ TEST_SECONDS ?= 240
 BENCH_SECONDS ?= 240
 gpu:
 	mkdir -p $(OUT)
-	KDFAST_REQUIRE_NATIVE=1 KDFAST_CUDA=ON KDFAST_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
+	PATH="$$PATH:/usr/local/cuda/bin" KDFAST_REQUIRE_NATIVE=1 KDFAST_CUDA=ON KDFAST_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
 	  $(PYTHON) setup.py -q build_ext --inplace || { cp build/cmake-*/kdfast-build.log $(OUT); exit 1; }
 	failed=0; \
-	TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 20 $(TEST_SECONDS) $(PYTHON) -m pytest -m cuda -q \
-	  tests/ops tests/losses tests/meta/test_graphs.py tests/test_gpu_rules.py -n $(WORKERS) --dist worksteal \
-	  -p tests.fresh_worker --timeout 60 --timeout-method thread --junitxml=$(OUT)/tests.xml || failed=$$?; \
+	TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 20 $(TEST_SECONDS) $(PYTHON) -m pytest -m cuda -q --tb=short \
+	  tests/ops tests/losses tests/data tests/meta/test_graphs.py tests/test_gpu_rules.py --continue-on-collection-errors \
+	  -n $(WORKERS) --dist worksteal -p tests.fresh_worker --timeout 60 --timeout-method thread \
+	  --junitxml=$(OUT)/tests.xml || failed=$$?; \
 	$(PYTHON) -m benchmarks.apart -k cuda --seconds $(BENCH_SECONDS) --out $(OUT)/benchmark.json || failed=$$?; \
 	exit $$failed
 

@@ -32,13 +32,11 @@ def processor() -> str:
 
 
 def commit() -> str:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
+    try:
+        git = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # no git here; an error would cost the results
+        return "unknown"
     return git.stdout.strip() or "unknown"
 
 
