@@ -67,9 +67,9 @@ bench: $(READY)
 # "dev" lists. Tests that need a GPU, then the benchmarks, whatever became of the tests; ten minutes at most with 16
 # cores, results under $(OUT). A kernel that hangs or breaks the CUDA context takes a worker with it, and no more.
 OUT ?= runs/gpu
-WORKERS ?= 12
+WORKERS ?= 8
 TEST_SECONDS ?= 240
-BENCH_SECONDS ?= 240
+BENCH_SECONDS ?= 200
 gpu:
 	mkdir -p $(OUT)
 	PATH="$$PATH:/usr/local/cuda/bin" KDFAST_REQUIRE_NATIVE=1 KDFAST_CUDA=ON KDFAST_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
@@ -77,7 +77,7 @@ gpu:
 	failed=0; \
 	TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 20 $(TEST_SECONDS) $(PYTHON) -m pytest -m cuda -q --tb=short \
 	  tests/ops tests/losses tests/data tests/meta/test_graphs.py tests/test_gpu_rules.py --continue-on-collection-errors \
-	  -n $(WORKERS) --dist worksteal -p tests.fresh_worker --timeout 60 --timeout-method thread \
+	  -n $(WORKERS) --dist worksteal -p tests.fresh_worker --timeout 90 --timeout-method thread \
 	  --junitxml=$(OUT)/tests.xml || failed=$$?; \
 	$(PYTHON) -m benchmarks.apart -k cuda --seconds $(BENCH_SECONDS) --out $(OUT)/benchmark.json || failed=$$?; \
 	exit $$failed
