@@ -2,6 +2,7 @@
 breaks on a GPU takes its process with it, and neither it nor a run that is cut short takes the others' results.
 
     python -m benchmarks.apart -k cuda --seconds 300 --out runs/gpu/benchmark.json
+    python -m benchmarks.apart -k cuda --out runs/gpu/data.json data
 """
 
 import argparse
@@ -14,23 +15,27 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FIRST = ("kd_kl", "kd_kl_exits", "pathways", "meta_step", "kd_kl_topk", "kd_kl_hvp")  # where time is short
+SHARES = {"kd_kl": 4, "meta_step": 5, "pathways": 2, "kd_kl_exits": 1, "kd_kl_topk": 1, "kd_kl_hvp": 1}  # others: 1
 NO_TESTS = 5  # pytest's exit code
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.apart", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--seconds", type=float, default=300, help="of all together; what is left then is not run")
+    parser.add_argument("names", nargs="*", metavar="name", help="a benchmark, such as kd_kl; all by default")
+    parser.add_argument("--seconds", type=float, default=300, help="of all together; each has a share of what is left")
     parser.add_argument("--folder", type=Path, default=HERE, help="of the files test_*.py")
     parser.add_argument("-k", default="", help="pytest's, which of their tests")
     given = parser.parse_args(arguments)
-    names = [path.stem.removeprefix("test_") for path in sorted(given.folder.glob("test_*.py"))]
+    found = [path.stem.removeprefix("test_") for path in sorted(given.folder.glob("test_*.py"))]
+    names = given.names or sorted(found, key=lambda n: list(SHARES).index(n) if n in SHARES else len(SHARES))
+    shares = [SHARES.get(name, 1) for name in names]
     stop, record, worst = time.monotonic() + given.seconds, None, 0
-    for name in sorted(names, key=lambda n: FIRST.index(n) if n in FIRST else len(FIRST)):
+    for i, name in enumerate(names):
+        share = shares[i] / sum(shares[i:])
         with tempfile.TemporaryDirectory() as folder:
             results = Path(folder) / "results.json"
-            code = run(given.folder / f"test_{name}.py", given.k, results, stop - time.monotonic())
+            code = run(given.folder / f"test_{name}.py", given.k, results, share * (stop - time.monotonic()))
             record = merged(record, results)
         if record is not None:
             given.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -197,7 +197,7 @@ def measured(device: str) -> Measured:
         rounds = measure(
             ("meta_step", device),
             {name: step.run for name, step in steps.items()},
-            seconds=60.0 if device == "cpu" else 20.0,
+            seconds=60.0,
             sync=device == "cuda",
             warmup=1 if device == "cpu" else graphs.WARMUP + 1,
         )
