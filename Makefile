@@ -64,15 +64,23 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # A machine with an NVIDIA GPU, no network: in the Python already there torch, cmake, ninja and what pyproject.toml's
-# "dev" lists. The laws run on the CPU and on the GPU. Results under $(OUT).
+# "dev" lists. Tests that need a GPU, then the benchmarks, whatever became of the tests; ten minutes at most with 16
+# cores, results under $(OUT). A kernel that hangs or breaks the CUDA context takes a worker with it, and no more.
 OUT ?= runs/gpu
+WORKERS ?= 8
+TEST_SECONDS ?= 240
+BENCH_SECONDS ?= 200
 gpu:
-	KDFAST_REQUIRE_NATIVE=1 KDFAST_CUDA=ON KDFAST_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
-	  $(PYTHON) setup.py -q build_ext --inplace
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest tests/ops tests/losses tests/meta/test_graphs.py tests/test_gpu_rules.py -q \
-	  --junitxml=$(OUT)/tests.xml
-	$(PYTHON) -m pytest benchmarks --benchmark-only -k cuda --benchmark-json=$(OUT)/benchmark.json
+	PATH="$$PATH:/usr/local/cuda/bin" KDFAST_REQUIRE_NATIVE=1 KDFAST_CUDA=ON KDFAST_CUDA_ARCHITECTURES=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
+	  $(PYTHON) setup.py -q build_ext --inplace || { cp build/cmake-*/kdfast-build.log $(OUT); exit 1; }
+	failed=0; \
+	TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 20 $(TEST_SECONDS) $(PYTHON) -m pytest -m cuda -q --tb=short \
+	  tests/ops tests/losses tests/data tests/meta/test_graphs.py tests/test_gpu_rules.py --continue-on-collection-errors \
+	  -n $(WORKERS) --dist worksteal -p tests.fresh_worker --timeout 90 --timeout-method thread \
+	  --junitxml=$(OUT)/tests.xml || failed=$$?; \
+	$(PYTHON) -m benchmarks.apart -k cuda --seconds $(BENCH_SECONDS) --out $(OUT)/benchmark.json || failed=$$?; \
+	exit $$failed
 
 clean:
 	rm -rf build dist *.egg-info kdfast/_C*.so kdfast/_build_failure.txt

@@ -3,9 +3,12 @@
     pytest benchmarks --benchmark-only -k kd_kl
 
 Two uses: `KxC` the divergence alone (tau 4, batchmean), `KxC+labels` the whole Hinton loss with hard labels. A case's
-bytes are those of the fewest passes that can be: read student, read teacher, write the student's gradient.
+bytes are those of the fewest passes that can be: read student, read teacher, write the student's gradient. A GPU has
+larger cases too, whose kernels take longer than their launches, and `kdfast-fused`: kd_loss(fuse_backward=True).
 """
 
+import functools
+import itertools
 import statistics
 
 import pytest
@@ -27,7 +30,8 @@ SHAPES = [
     (128, 128256, torch.float32),
     (512, 32000, torch.bfloat16),
 ]
-IMPLEMENTATIONS = ["kdfast", "eager", "compile"]
+ON_A_GPU = [(4096, 32000, torch.float32), (8192, 32000, torch.bfloat16), (4096, 128256, torch.bfloat16)]
+IMPLEMENTATIONS, FUSED = ["kdfast", "eager", "compile"], "kdfast-fused"  # the latter on a GPU
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"))]
 
 
@@ -36,17 +40,23 @@ def eager(student, teacher, labels=None, tau=4.0):
     return soft if labels is None else 0.5 * F.cross_entropy(student, labels) + 0.5 * soft
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("with_labels", [False, True], ids=["divergence", "labels"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}-{str(s[2])[6:]}")
-@pytest.mark.parametrize("device", DEVICES)
+def cases(device):
+    shapes, names, marks = SHAPES, IMPLEMENTATIONS, ()
+    if device == "cuda":
+        shapes, names, marks = ON_A_GPU + SHAPES, [*IMPLEMENTATIONS, FUSED], pytest.mark.cuda
+    for shape, with_labels, name in itertools.product(shapes, (False, True), names):
+        what = f"{shape[0]}x{shape[1]}-{str(shape[2])[6:]}-{'labels' if with_labels else 'divergence'}"
+        yield pytest.param(device, shape, with_labels, name, id=f"{device}-{what}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("device", "shape", "with_labels", "implementation"), [*cases("cpu"), *cases("cuda")])
 def test_kd_kl(benchmark, device, shape, with_labels, implementation):
     rows, classes, dtype = shape
     key = (device, shape, with_labels)
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(rows, classes, generator=generator).to(device, dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    student, teacher = (torch.randn(shape[:2], generator=generator, device=device).to(dtype) for _ in range(2))
     student.requires_grad_()
-    labels = torch.randint(classes, (rows,), generator=generator).to(device) if with_labels else None
+    labels = torch.randint(classes, (rows,), generator=generator, device=device) if with_labels else None
 
     def step(loss):
         def run():
@@ -56,6 +66,8 @@ def test_kd_kl(benchmark, device, shape, with_labels, implementation):
         return run
 
     runs = {"kdfast": step(kd_loss), "eager": step(eager), "compile": step(torch.compile(eager, dynamic=False))}
+    if device == "cuda":
+        runs[FUSED] = step(functools.partial(kd_loss, fuse_backward=True))
     torch._dynamo.reset()
     rounds = measure(key, runs, seconds=2.0, sync=device == "cuda")
     bytes_moved = 3 * student.numel() * student.element_size()

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -13,6 +14,10 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name from torch 2.12 on
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 #if defined(USE_CUDA)  // also what makes the header above declare the call for the current stream
 #include <cuda_runtime_api.h>

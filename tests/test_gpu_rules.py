@@ -1,5 +1,6 @@
 """What every op must keep to on a GPU, over all the law suite's descriptions: it never makes the device wait, and its
-forward and backward can be captured in a CUDA graph."""
+forward and backward can be captured in a CUDA graph. Where there is none, meta tensors show what would be copied there
+from the host, which a GPU waits for."""
 
 import importlib
 from contextlib import contextmanager
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from kdfast import pathway_distances, pathway_loss
 from tests.laws import LawfulOp, Laws, leaves
 
 OP_TESTS = Path(__file__).resolve().parent / "ops"
@@ -33,6 +36,9 @@ CALLS = [
     for regime, shape in op.shapes.items()
     for dtype in DTYPES
 ]
+
+
+VARIANTS = [pytest.param(op, v, id=f"{name}-{which}") for name, op in OPS.items() for which, v in op.variants.items()]
 
 
 def test_every_law_class_is_here():
@@ -87,20 +93,55 @@ def test_never_waits_for_the_device(op, variant, shape, dtype, on_a_gpu):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("op", "variant"), [p for op in OPS.values() for p in ((op, v) for v in op.variants.values())])
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
 def test_second_order_never_waits_for_the_device(op, variant, on_a_gpu):
     tensors, kwargs, cotangent = prepared(op, variant, op.small, torch.float32)
-
-    def product():
-        value = op.call(*tensors, **kwargs)
-        grads = torch.autograd.grad(value, tensors, cotangent, create_graph=True, allow_unused=True)
-        total = sum(g.sum() for g in grads if g is not None and g.requires_grad)
-        return torch.autograd.grad(total, tensors, allow_unused=True)
-
-    product()
+    second_order(op, tensors, kwargs, cotangent)
     with waiting_is_an_error():
-        second = product()
+        second = second_order(op, tensors, kwargs, cotangent)
     assert any(x is not None and x.is_cuda for x in second)
+
+
+def second_order(op, tensors, kwargs, cotangent):
+    value = op.call(*tensors, **kwargs)
+    grads = torch.autograd.grad(value, tensors, cotangent, create_graph=True, allow_unused=True)
+    total = sum(g.sum() for g in grads if g is not None and g.requires_grad)
+    return torch.autograd.grad(total, tensors, allow_unused=True)
+
+
+class ByList(TorchFunctionMode):
+    """A list as an index is copied to the device. Only seen in the forward: autograd leaves such modes behind."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function is not Tensor.__getitem__ or args[0].is_cpu or not isinstance(args[1], list), f"x[{args[1]}]"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def copies_to_meta_are_an_error(monkeypatch):
+    def watched(function):
+        def call(*args, **kwargs):
+            out = function(*args, **kwargs)
+            copied = isinstance(out, Tensor) and out.is_meta and not (isinstance(args[0], Tensor) and args[0].is_meta)
+            assert not copied, f"{function.__name__} copies from the host to the device"
+            return out
+
+        return call
+
+    for place, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "to")):
+        monkeypatch.setattr(place, name, watched(getattr(place, name)))
+
+
+@pytest.mark.parametrize(("op", "variant"), VARIANTS)
+def test_second_order_copies_nothing_from_the_host(op, variant, monkeypatch, request):
+    monkeypatch.setattr(LawfulOp, "device", "meta")
+    made = [op.make(shape, torch.float32, variant) for shape in (op.small, *op.shapes.values())]
+    request.getfixturevalue("copies_to_meta_are_an_error")
+    for tensors, kwargs in made:
+        with ByList():
+            value = op.call(*tensors, **kwargs)
+        assert value.is_meta
+        second_order(op, tensors, kwargs, torch.ones_like(value))
 
 
 @pytest.mark.cuda
@@ -127,3 +168,11 @@ def test_cuda_graph(op, variant, shape, dtype, on_a_gpu):
     torch.cuda.synchronize()
     for x, y in zip(captured, want, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_weights_and_keep_as_lists_copy_nothing_from_the_host(copies_to_meta_are_an_error):
+    maps = [torch.empty(2, 3, 8, 8, device="meta") for _ in range(3)]
+    for keep in (None, [2, 0], [True, False, True]):
+        with ByList():
+            assert pathway_loss(maps, maps, [0.5, 1.0, 2.0], keep=keep).is_meta
+            assert pathway_distances(maps, maps, keep=keep).shape == (3,)

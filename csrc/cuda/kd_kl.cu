@@ -67,6 +67,7 @@ auto with_launch(const Request& r, const Use& use) {
 }
 
 void check(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // said here, and not once more after the next launch
   STD_TORCH_CHECK(error == cudaSuccess, "kd_kl: CUDA error: ", cudaGetErrorString(error));
 }
 

@@ -20,20 +20,20 @@ namespace kdfast::cuda {
 
 constexpr int kNarrow = 1024;  // classes up to which lanes of a warp share a row
 
-// Threads a block at most (multiples of 32), blocks a multiprocessor at least. In fp32 arithmetic a KL's two
-// kernels get 64 registers and so 1024 threads a multiprocessor; what does more gets 80 or 96, and the fused
-// kernel two blocks, of which one reads while the other waits for its sums. fp64 wants up to 150 registers.
+// Threads a block at most (multiples of 32), blocks a multiprocessor at least. In fp32 arithmetic a KL's kernels
+// get 64 registers and so 1024 threads a multiprocessor, what does more 80 and 768; of two blocks one reads while
+// the other begins its row or waits for its sums. fp64 wants up to 150 registers.
 constexpr int kNarrowThreads = 128;
 template <class F, bool kFused>
 constexpr int kNarrowBlocks = sizeof(typename F::A) == 8 ? 1 : kFused || F::kMapped ? 5 : 8;
 template <class F, bool kFused>
-constexpr int kWideThreads = sizeof(typename F::A) == 8 ? 256 : kFused ? 512 : F::kMapped ? 768 : 1024;
-template <bool kFused>
-constexpr int kWideBlocks = kFused ? 2 : 1;
+constexpr int kWideThreads = sizeof(typename F::A) == 8 ? 256 : F::kMapped && !kFused ? 384 : 512;
+template <class F>
+constexpr int kWideBlocks = sizeof(typename F::A) == 8 ? 1 : 2;
 
 #define KDFAST_BOUNDS(F, Group, kFused)                                                          \
   __launch_bounds__(std::is_same_v<Group, LaneGroup> ? kNarrowThreads : kWideThreads<F, kFused>, \
-                    std::is_same_v<Group, LaneGroup> ? kNarrowBlocks<F, kFused> : kWideBlocks<kFused>)
+                    std::is_same_v<Group, LaneGroup> ? kNarrowBlocks<F, kFused> : kWideBlocks<F>)
 
 // Where several blocks share a row, the part a launch has in it; kWhole where none does.
 enum Stage : int { kWhole, kSumUp, kLookAgain, kConclude };

@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(1024) sum_exits(const A* rows_of_all, int64_t 
 using Tensors = std::vector<Tensor>;
 
 void check(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // said here, and not once more after the next launch
   STD_TORCH_CHECK(error == cudaSuccess, "kd_kl_exits: CUDA error: ", cudaGetErrorString(error));
 }
 
@@ -80,8 +81,9 @@ cudaError_t together(const Request& first, const Tensors& s, const Tensors& t, c
   }
   const int chunks = chunks_of(first.classes, F::N);
   const unsigned count = static_cast<unsigned>(s.size());
+  Limits limits{};
   const auto start = [&](void (*kernel)(Exits<F>), unsigned blocks, int threads, int64_t bytes) {
-    if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))) return e;
+    if (auto e = allow_shared(kernel, bytes, limits)) return e;
     return launch(kernel, dim3(blocks, count), threads, first.stream, exits, bytes);
   };
   if (first.classes <= kNarrow) {
@@ -89,7 +91,6 @@ cudaError_t together(const Request& first, const Tensors& s, const Tensors& t, c
     return start(exits_value_and_grad<F, LaneGroup>, blocks, kNarrowThreads,
                  slots_bytes(chunks, exits.call.lanes, kNarrowThreads));
   }
-  Limits limits;
   if (auto e = limits_of(first.device, limits)) return e;
   const int threads = wide_threads<F, true>(chunks);
   const int64_t bytes = slots_bytes(chunks, threads, threads);

@@ -19,11 +19,11 @@ namespace {
 namespace second = kdfast::kd_kl_hvp;
 
 // Threads a block at most, blocks a multiprocessor at least: the second and the third walk want about 100 registers.
+// Of two blocks one reads while the other waits for its sums.
 constexpr int kLanesThreads = 128;
-template <class A>
-constexpr int kBlockThreads = sizeof(A) == 4 ? 512 : 256;
+constexpr int kBlockThreads = 256;
 template <class A, class Group>
-constexpr int kFewestBlocks = sizeof(A) == 4 && !std::is_same_v<Group, BlockGroup> ? 4 : 1;
+constexpr int kFewestBlocks = sizeof(A) == 8 ? 1 : std::is_same_v<Group, BlockGroup> ? 2 : 4;
 
 template <class T>
 struct Side {
@@ -88,7 +88,7 @@ __device__ T* at_row(T* x, int64_t begin) {
 }
 
 template <class T, class A, class Group>
-__global__ void __launch_bounds__(std::is_same_v<Group, BlockGroup> ? kBlockThreads<A> : kLanesThreads,
+__global__ void __launch_bounds__(std::is_same_v<Group, BlockGroup> ? kBlockThreads : kLanesThreads,
                                   kFewestBlocks<A, Group>) hvp(const HvpCall<T, A> call) {
   constexpr int N = kChunk<T>;
   const Group group(call.lanes);
@@ -296,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_kl_hvp(
       const int rows_a_block = kLanesThreads / call.lanes;
       hvp<T, A, LaneGroup><<<grid_of((n + rows_a_block - 1) / rows_a_block), kLanesThreads, 0, stream>>>(call);
     } else {
-      const int threads = std::clamp(power_of_two_at_least(chunks / 4), kLanesThreads, kBlockThreads<A>);
+      const int threads = std::clamp(power_of_two_at_least(chunks / 4), kLanesThreads, kBlockThreads);
       hvp<T, A, BlockGroup><<<grid_of(n), threads, 0, stream>>>(call);
     }
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -86,7 +86,7 @@ cudaError_t launch(void (*kernel)(C), dim3 blocks, int threads, cudaStream_t str
 // One block a row, or where rows are too few to fill a GPU so many that a thread still has two chunks.
 template <class F>
 int parts_of_forward(const Request& r) {
-  constexpr int64_t kEnough = 512;  // blocks of most threads that the largest GPUs hold
+  constexpr int64_t kEnough = 512;  // blocks of most threads, more than the largest GPUs hold at a time
   if (r.classes <= kNarrow || r.rows == 0) return 1;
   const int chunks = chunks_of(r.classes, F::N), threads = wide_threads<F, false>(chunks);
   return std::max(1, static_cast<int>(std::min<int64_t>({kEnough / r.rows, chunks / (2 * threads), threads})));
@@ -114,7 +114,7 @@ cudaError_t launch_forward(const Request& r) {
     if (auto e = launch(kernel, shared, threads, r.stream, call)) return e;
   }
   call.stage = kConclude;
-  return launch(kernel, rows, std::max(kWarp, power_of_two_from(parts)), r.stream, call);
+  return launch(kernel, rows, (parts + kWarp - 1) / kWarp * kWarp, r.stream, call);
 }
 
 template <class F>
@@ -150,12 +150,19 @@ inline int64_t slots_bytes(int chunks, int sharers, int threads) {
   return turns * threads * 2 * static_cast<int64_t>(sizeof(uint4));
 }
 
+// Leave for a kernel to have more shared memory than every one has: for all that there is, so that it does not
+// matter which thread of the host asked last.
+template <class Kernel>
+cudaError_t allow_shared(Kernel kernel, int64_t bytes, const Limits& limits) {
+  if (bytes <= 48 << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
+}
+
 template <class F, class Group>
-cudaError_t launch_fused(const CallOf<F>& call, unsigned blocks, int threads, int64_t bytes,
+cudaError_t launch_fused(const CallOf<F>& call, unsigned blocks, int threads, int64_t bytes, const Limits& limits,
                          cudaStream_t stream, int cluster = 1) {
   void (*const kernel)(CallOf<F>) = value_and_grad<F, Group>;
-  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes))) return e;
+  if (auto e = allow_shared(kernel, bytes, limits)) return e;
   if (cluster > 8) {
     if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return e;
   }
@@ -169,7 +176,7 @@ cudaError_t launch_value_and_grad(const Request& r) {
   if (r.classes <= kNarrow) {
     const unsigned blocks = share_warps(call, chunks);
     const int64_t bytes = slots_bytes(chunks, call.lanes, kNarrowThreads);
-    return launch_fused<F, LaneGroup>(call, blocks, kNarrowThreads, bytes, r.stream);
+    return launch_fused<F, LaneGroup>(call, blocks, kNarrowThreads, bytes, {}, r.stream);  // 36 KB at most
   }
   Limits limits;
   if (auto e = limits_of(r.device, limits)) return e;
@@ -181,8 +188,8 @@ cudaError_t launch_value_and_grad(const Request& r) {
       const int64_t bytes = slots_bytes(chunks, threads * cluster, threads);
       if (bytes > room || r.rows * cluster > INT32_MAX) continue;
       const unsigned blocks = static_cast<unsigned>(r.rows * cluster);
-      if (cluster == 1) return launch_fused<F, BlockGroup>(call, blocks, threads, bytes, r.stream);
-      const cudaError_t e = launch_fused<F, ClusterGroup>(call, blocks, threads, bytes, r.stream, cluster);
+      if (cluster == 1) return launch_fused<F, BlockGroup>(call, blocks, threads, bytes, limits, r.stream);
+      const cudaError_t e = launch_fused<F, ClusterGroup>(call, blocks, threads, bytes, limits, r.stream, cluster);
       if (e != cudaErrorNotSupported) return e;
     }
   }

@@ -62,7 +62,7 @@ def pathway_loss(
         if not kept:  # still part of the graph, so that backward() finds its way
             return students[0][:0].sum().to(weights.dtype) + (0 * weights).sum()
         students, teachers = [students[p] for p in kept], [teachers[p] for p in kept]
-        weights = weights[kept]
+        weights = torch.stack([weights[p] for p in kept])  # a list as index would be copied to the device
     return ops.weighted_sum(students, teachers, weights, keep, *options)
 
 
@@ -95,11 +95,12 @@ def pathway_distances(
     kept, keep = _keep(keep, students[0], len(students))
     if kept is None:
         return ops.pathways(students, teachers, keep, *options)
-    everything = students[0].new_zeros(len(students), dtype=accumulate_dtype(students[0].dtype))
+    nothing = students[0].new_zeros(len(students), dtype=accumulate_dtype(students[0].dtype))
     if not kept:
-        return everything + students[0][:0].sum().to(everything.dtype)
+        return nothing + students[0][:0].sum().to(nothing.dtype)
     distances = ops.pathways([students[p] for p in kept], [teachers[p] for p in kept], keep, *options)
-    return everything.index_copy(0, torch.tensor(kept, device=everything.device), distances)
+    found = dict(zip(kept, distances.unbind(), strict=True))
+    return torch.stack([found.get(p, nothing[p]) for p in range(len(students))])
 
 
 def hcl(
@@ -172,9 +173,12 @@ def _weights(weights, students: list[Tensor]) -> Tensor:  # [pathways]
         return torch.ones(count, dtype=dtype, device=students[0].device)
     if not isinstance(weights, Tensor):
         try:
-            weights = torch.tensor(weights, dtype=dtype, device=students[0].device)
+            numbers = torch.tensor(weights, dtype=dtype)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"weights must hold one number a pathway [{count}], got {weights!r}.") from error
+        weights, device = numbers, students[0].device
+        if device.type != "cpu" and numbers.shape == (count,):  # filled there: a copy would be waited for
+            weights = torch.stack([torch.full((), x, dtype=dtype, device=device) for x in numbers.tolist()])
     if weights.shape != (count,) or not weights.is_floating_point():
         raise ValueError(
             f"weights must hold one number a pathway [{count}], got {weights.dtype} {list(weights.shape)}."

@@ -149,6 +149,7 @@ class MetaKD:
             report = self._whole(batches, given, validation_batch)
         else:
             report = self._as_graph(batches, given, validation_batch)
+        graphs.forget_casts(self._inner[0])
         self._steps += 1
         return report
 
@@ -341,8 +342,7 @@ class MetaKD:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        if torch.is_autocast_enabled(inner[0].device.type):
-            torch.clear_autocast_cache()  # it holds the weights of before the step
+        graphs.forget_casts(inner[0])
         return taken
 
     def _validated(self, shadow: Shadow, values: Sequence[Tensor], batch: Batch) -> tuple[Tensor, list[Tensor | None]]:

@@ -58,6 +58,7 @@ class Graphs:
             self._recorded.pop(which, None)  # its memory first
             static = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
             held = tree_unflatten(static, structure)
+            torch.clear_autocast_cache()  # weights cast before would be no part of the graph, and stay what they are
             self._recorded[which] = numbers, static, record(lambda: function(*held), self._stream)
         _, static, replay = self._recorded[which]
         for own, given in zip(static, leaves, strict=True):
@@ -97,6 +98,12 @@ def record(function: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[
         return result
 
     return replay
+
+
+def forget_casts(parameter: Tensor) -> None:
+    """Of the weights that autocast has cast and kept: they are of before the step, or memory of its graph."""
+    if torch.is_autocast_enabled(parameter.device.type):
+        torch.clear_autocast_cache()
 
 
 def numbers_of(module: nn.Module, *optimizers: Optimizer) -> tuple:

@@ -307,10 +307,11 @@ class KdKlBackward(torch.autograd.Function):
         grad = in_memory(grad).to(stats.dtype)
         ds = dt = None
         if needs[0] or needs[1]:
+            rows = grad.contiguous() if grad.is_cpu else grad  # a GPU's kernels take any stride: a launch less
             with torch._C._AutoDispatchBelowAutograd():
-                ds, dt = _BACKWARD(grad.contiguous(), *tensors, stats, *options, needs[0], needs[1])
-        outputs = (ds, dt, grad * stats[:, 6], grad * stats[:, 7])
-        return tuple(x for x, needed in zip(outputs, needs, strict=True) if needed)
+                ds, dt = _BACKWARD(rows, *tensors, stats, *options, needs[0], needs[1])
+        taus = [grad * stats[:, 6 + i] if needs[2 + i] else None for i in (0, 1)]
+        return tuple(x for x, needed in zip((ds, dt, *taus), needs, strict=True) if needed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -101,7 +101,7 @@ def resized(
 def nearest_sources(size: int, out: int, device: torch.device) -> Tensor:  # [out] int64
     """The source of each position, as F.interpolate(mode="nearest") of fp32 finds it: floor(i * size / out) in fp32,
     which for some sizes is one less than in exact arithmetic. For fp64 maps the same."""
-    ratio = torch.tensor(size, dtype=torch.float32, device=device) / out
+    ratio = torch.full((), size, dtype=torch.float32, device=device) / out  # filled there: a copy would be waited for
     return (torch.arange(out, dtype=torch.float32, device=device) * ratio).floor().long().clamp(max=size - 1)
 
 

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from torch.optim import SGD, Adam
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast.meta import MetaKD, graphs
 from tests.meta.test_step import everything
@@ -90,6 +91,33 @@ def test_ordinary_again_after_another_state_was_loaded(tiny, played):
     reports, expected = (run(made, batches, validation) for made in pair)
     same(*pair, reports, expected)
     assert len(played) == 2
+
+
+def test_a_recording_casts_the_weights_itself(tiny, monkeypatch):
+    """Around all steps autocast keeps the weights it has cast: those of before would be what every replay reads."""
+    made, cast = engine(tiny.distiller("temperatures"), device="played"), []
+    weight = made.distiller.student.conv1.weight
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() == weight.data_ptr():
+                cast.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def record(function, stream):
+        def replay():
+            with Casts():
+                return function()
+
+        return replay
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "beside", lambda function, stream: function())
+    with torch.autocast("cpu", torch.bfloat16):
+        run(made, [tiny.batch() for _ in range(graphs.WARMUP)], tiny.batch())
+        made.distiller.student(tiny.batch()[0])  # an evaluation in between
+        run(made, [tiny.batch()], tiny.batch())
+    assert len(cast) >= 2  # before the step and after it
 
 
 def test_random_numbers_are_refused_after_the_step(tiny, played):
