@@ -2,10 +2,10 @@
 //
 //   loss = coefficient * sum of the row losses;  node keeps d loss / d student, made in the same sweep
 //
-// At 128 x 10 a step took 35 us by an autograd.Function in Python, 8 of them the kernel's; this way it takes 21. What is
-// not plain (a transform, a mode, a subclass, learned temperatures, another device, ...) gets None from here, and the
-// caller goes the general way. A backward that is itself differentiated, batched, or a second one is handed to the
-// general way's Functions in Python, `again`.
+// At 128 x 10 a step took 35 us by an autograd.Function in Python, 8 of them the kernel's; this way it takes 21. On a GPU
+// it is taken where fuse_backward is asked for, and reads no value there. What is not plain (a transform, a mode, a
+// subclass, learned temperatures, ...) gets None from here, and the caller goes the general way. A backward that is
+// itself differentiated, batched, or a second one is handed to the general way's Functions in Python, `again`.
 //
 // Torch's C++ autograd has no stable ABI: this module is built for one torch and loaded beside that one alone.
 // Source: docs/math/kd_kl.md, and kdfast/ops/kd_kl.py, whose KdKlNow it is.
@@ -25,6 +25,7 @@ struct KdKlNow : public Node {
   SavedVariable student, teacher, labels, stats;
   Options options;
   double coefficient;
+  c10::BackendComponent backend;
 
   std::string name() const override { return "KdKlNow"; }
 
@@ -36,9 +37,15 @@ struct KdKlNow : public Node {
       const std::scoped_lock lock(mutex_);
       ds = std::move(student_grad);  // given away: a second backward makes its own
     }
-    if (!ds.defined() || at::GradMode::is_enabled() || !plain(grad)) return {differentiable(grad)};
-    const double factor = grad.item<double>();
-    if (factor != 1.0) ds.mul_(factor);
+    if (!ds.defined() || at::GradMode::is_enabled() || !plain(grad, backend)) return {differentiable(grad)};
+    if (backend != ON_CPU) {
+      static const c10::OperatorHandle scale = find_op("kdfast::kd_kl_scale_");
+      torch::jit::Stack stack;
+      push(stack, &ds), push(stack, &grad);
+      scale.callBoxed(stack);
+    } else if (const double factor = grad.item<double>(); factor != 1.0) {
+      ds.mul_(factor);
+    }
     return {std::move(ds)};
   }
 
@@ -58,16 +65,21 @@ struct KdKlNow : public Node {
 
 // The loss, or None where the call is not plain, or is wrong: the general way finds out and says what.
 py::object kd_kl_now(py::handle student_logits, py::handle teacher_logits, py::handle labels, const py::tuple& numbers,
-                     bool over_rows) {
-  const at::Tensor* student = logits(student_logits);
-  const at::Tensor* teacher = logits(teacher_logits);
+                     bool over_rows, bool fuse_backward) {
+  const at::Tensor* given = exact(student_logits.ptr());
+  if (given == nullptr) return py::none();
+  const c10::BackendComponent backend = given->key_set().highestBackendKey();
+  if (backend != ON_CPU && !fuse_backward) return py::none();
+  const at::Tensor* student = logits(student_logits, backend);
+  const at::Tensor* teacher = logits(teacher_logits, backend);
   if (student == nullptr || teacher == nullptr || !student->requires_grad() || teacher->requires_grad() ||
-      student->sizes() != teacher->sizes() || student->scalar_type() != teacher->scalar_type() || !at::GradMode::is_enabled() || !unobserved()) {
+      student->sizes() != teacher->sizes() || student->scalar_type() != teacher->scalar_type() ||
+      student->device() != teacher->device() || !at::GradMode::is_enabled() || !unobserved()) {
     return py::none();
   }
   const at::Tensor* classes = nullptr;
   if (!labels.is_none()) {
-    classes = class_indices(labels, *student);
+    classes = class_indices(labels, *student, backend);
     if (classes == nullptr) return py::none();
   }
   Options options = options_of(numbers);
@@ -89,8 +101,10 @@ py::object kd_kl_now(py::handle student_logits, py::handle teacher_logits, py::h
     op.callBoxed(stack);
   }
   at::Tensor loss = std::move(stack[0]).toTensor();
-  const double value = loss.item<double>();
-  if (value != value) return py::none();  // a NaN has a cause, which the general way looks for
+  if (backend == ON_CPU) {
+    const double value = loss.item<double>();
+    if (value != value) return py::none();  // a NaN has a cause, which the general way looks for
+  }
 
   auto node = make_node<KdKlNow>();
   node->set_next_edges(torch::autograd::collect_next_edges(*student));
@@ -101,6 +115,7 @@ py::object kd_kl_now(py::handle student_logits, py::handle teacher_logits, py::h
   node->student_grad = std::move(stack[2]).toTensor();
   node->options = std::move(options);
   node->coefficient = coefficient;
+  node->backend = backend;
   torch::autograd::set_history(loss, std::move(node));
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(loss)));
 }
@@ -110,7 +125,8 @@ py::object kd_kl_now(py::handle student_logits, py::handle teacher_logits, py::h
 
 PYBIND11_MODULE(_C_autograd, m) {
   m.doc() = "Graph nodes of kdfast in C++, for the torch they were built with.";
-  m.def("kd_kl_now", &kdfast::kd_kl_now, "student_logits, teacher_logits, labels, options, over_rows -> loss or None");
+  m.def("kd_kl_now", &kdfast::kd_kl_now,
+        "student_logits, teacher_logits, labels, options, over_rows, fuse_backward -> loss or None");
   m.def("on_second_order", [](pybind11::object f) { kdfast::again = f.release().ptr(); },
         "Who makes a gradient that is differentiated itself.");
   kdfast::define_kd_kl_gradient(m);

@@ -53,12 +53,14 @@ auto make_node() {
   }
 }
 
-// Strided memory on the CPU and no more: no wrapper of a transform, no subclass with a dispatch of its own, no view that
+// Strided memory of a backend and no more: no wrapper of a transform, no subclass with a dispatch of its own, no view that
 // is conjugated or negated when read.
-inline bool plain(const at::Tensor& x) {
+constexpr c10::BackendComponent ON_CPU = c10::BackendComponent::CPUBit;
+inline bool plain(const at::Tensor& x, c10::BackendComponent backend = ON_CPU) {
   static const c10::DispatchKeySet usual({c10::DispatchKey::Dense, c10::DispatchKey::ADInplaceOrView,
-                                          c10::DispatchKey::AutogradFunctionality, c10::DispatchKey::AutocastCPU});
-  return x.unsafeGetTensorImpl()->key_set() - usual == c10::DispatchKeySet(c10::BackendComponent::CPUBit);
+                                          c10::DispatchKey::AutogradFunctionality, c10::DispatchKey::AutocastCPU,
+                                          c10::DispatchKey::AutocastCUDA});
+  return x.unsafeGetTensorImpl()->key_set() - usual == c10::DispatchKeySet(backend);
 }
 
 // Nobody has to see the operations inside a node: no transform, no mode, no tangents.
@@ -72,9 +74,9 @@ inline bool unobserved() {
 inline const at::Tensor* exact(PyObject* x) { return THPVariable_CheckExact(x) ? &THPVariable_Unpack(x) : nullptr; }
 
 // The student's or teacher's logits [rows, classes] as a tensor, or nothing where the call is not plain.
-inline const at::Tensor* logits(py::handle given) {
+inline const at::Tensor* logits(py::handle given, c10::BackendComponent backend = ON_CPU) {
   const at::Tensor* x = exact(given.ptr());
-  if (x == nullptr || !plain(*x) || x->dim() != 2 || x->size(1) == 0 || !x->is_contiguous()) return nullptr;
+  if (x == nullptr || !plain(*x, backend) || x->dim() != 2 || x->size(1) == 0 || !x->is_contiguous()) return nullptr;
   switch (x->scalar_type()) {
     case at::kFloat: case at::kDouble: case at::kBFloat16: case at::kHalf: return x;
     default: return nullptr;
@@ -82,10 +84,10 @@ inline const at::Tensor* logits(py::handle given) {
 }
 
 // Class indices [rows] that belong to them, likewise.
-inline const at::Tensor* class_indices(py::handle given, const at::Tensor& student) {
+inline const at::Tensor* class_indices(py::handle given, const at::Tensor& student, c10::BackendComponent backend = ON_CPU) {
   const at::Tensor* x = exact(given.ptr());
-  if (x == nullptr || !plain(*x) || x->scalar_type() != at::kLong || x->dim() != 1 || x->size(0) != student.size(0) ||
-      !x->is_contiguous()) {
+  if (x == nullptr || !plain(*x, backend) || x->scalar_type() != at::kLong || x->dim() != 1 ||
+      x->size(0) != student.size(0) || x->device() != student.device() || !x->is_contiguous()) {
     return nullptr;
   }
   return x;

@@ -111,7 +111,7 @@ def kd_loss(
             student_temperature, tau_t, alpha, label_smoothing, ignore_index, divergence, scale,
             beta, target_weight, softcap, logit_scale, reduction, labels is None,
         )  # fmt: skip
-        loss = _now(student_logits, teacher_logits, labels, options, _OVER_ROWS[reduction])
+        loss = _now(student_logits, teacher_logits, labels, options, _OVER_ROWS[reduction], fuse_backward)
         if loss is not None:
             return loss
     check.logits(student_logits, teacher_logits)
@@ -207,7 +207,8 @@ def _options(*numbers) -> Options:
 
 
 def plain_losses(students, teachers, labels, numbers: tuple, reduction: str) -> Tensor | None:  # [exits]
-    """Several plain calls of one shape, each a graph node in C++; None where one is not plain, or something is wrong.
+    """Several plain calls of one shape on the CPU, each a graph node in C++; None where one is not plain, or something is
+    wrong.
 
     Args:
         numbers: as `_options` takes them.
@@ -223,7 +224,7 @@ def plain_losses(students, teachers, labels, numbers: tuple, reduction: str) -> 
         return None
     options, losses = _options(*numbers), []
     for student, teacher in zip(students, teachers, strict=True):
-        loss = _now(student, teacher, labels, options, _OVER_ROWS[reduction])
+        loss = _now(student, teacher, labels, options, _OVER_ROWS[reduction], False)
         if loss is None or student.shape != students[0].shape:
             return None
         losses.append(loss)

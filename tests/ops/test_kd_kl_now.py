@@ -24,10 +24,10 @@ OPTIONS = [
 ]
 
 
-def batch(rows=5, classes=7, dtype=torch.float32, labels=True):
+def batch(rows=5, classes=7, dtype=torch.float32, labels=True, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(rows, classes, generator=generator).to(dtype) for _ in range(2))
-    indices = torch.randint(classes, (rows,), generator=generator) if labels else None
+    student, teacher = (torch.randn(rows, classes, generator=generator).to(device, dtype) for _ in range(2))
+    indices = torch.randint(classes, (rows,), generator=generator).to(device) if labels else None
     return student.requires_grad_(), teacher, indices
 
 
@@ -52,14 +52,29 @@ def general(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "no labels"])
-def test_same_bits_as_the_general_way(general, labels, options, dtype):
-    student, teacher, indices = batch(dtype=dtype, labels=labels)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_same_bits_as_the_general_way(general, device, labels, options, dtype):
+    student, teacher, indices = batch(dtype=dtype, labels=labels, device=device)
+    options = options if device == "cpu" else options | {"fuse_backward": True}
     loss, expected = kd_loss(student, teacher, indices, **options), general(student, teacher, indices, **options)
     assert is_now(loss)
     assert torch.equal(loss, expected) and loss.dtype == expected.dtype
     (ours,) = torch.autograd.grad(3.0 * loss, student)
     (theirs,) = torch.autograd.grad(3.0 * expected, student)
     assert torch.equal(ours, theirs) and ours.dtype == dtype
+
+
+def test_beside_the_cpu_where_the_gradient_is_made_at_once():
+    """Meta tensors stand for a GPU's: no value is read, and the gradient is made and scaled by ops."""
+    student, teacher, indices = batch(device="meta", dtype=torch.bfloat16)
+    loss = kd_loss(student, teacher, indices, alpha=0.3, fuse_backward=True)
+    assert is_now(loss) and loss.is_meta and loss.dtype == torch.float32
+    (3.0 * loss).backward()
+    assert student.grad.is_meta and student.grad.shape == student.shape and student.grad.dtype == torch.bfloat16
+    (product,) = torch.autograd.grad(kd_loss(student, teacher, fuse_backward=True), student, create_graph=True)
+    assert product.requires_grad
+    assert not is_now(kd_loss(student, teacher, indices))
+    assert not is_now(kd_loss(student, teacher, indices.int(), fuse_backward=True))
 
 
 @pytest.mark.parametrize("rows", [0, 1])
