@@ -207,8 +207,7 @@ def _options(*numbers) -> Options:
 
 
 def plain_losses(students, teachers, labels, numbers: tuple, reduction: str) -> Tensor | None:  # [exits]
-    """Several plain calls of one shape on the CPU, each a graph node in C++; None where one is not plain, or something is
-    wrong.
+    """Several plain calls of one shape, each a graph node in C++; None on a GPU, where one is not plain, or is wrong.
 
     Args:
         numbers: as `_options` takes them.
