@@ -63,7 +63,10 @@ def _reasons() -> list[str]:
     elif torch.version.cuda is None:
         cuda = f"not built: {no_cuda}"
     else:
-        cuda = "not built: no nvcc when kdfast was installed; install the CUDA toolkit and reinstall kdfast"
+        cuda = (
+            "not built: no nvcc, or KDFAST_CUDA=OFF, when kdfast was installed; install the CUDA toolkit and "
+            "reinstall kdfast"
+        )
     python = f"not used: {no_cuda}" if torch.version.cuda is None else triton.status()
     lines = [f"C++: {cpu}", f"CUDA C++: {cuda}", f"Triton: {python}"]
     if _native.failure is None and _native.autograd is None:

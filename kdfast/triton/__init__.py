@@ -30,7 +30,9 @@ def register() -> None:
         return
     from kdfast.ops.kd_kl import LIB
 
-    for name in MODULES:
+    for name, module in MODULES.items():
+        # Defines the op. Compiled kernels alone would have made its name known; without them it is not.
+        importlib.import_module(module.replace("kdfast.triton.", "kdfast.ops."))
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast::{name}", "CUDA"):
             LIB.impl(name, _launcher(name), "CUDA")
             registered.add(name)
