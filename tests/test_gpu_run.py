@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = "def test_{0}(benchmark):\n    benchmark.pedantic(sum, args=([1],), rounds=3)\n"
 
 
-def test_benchmarks_survive_each_other(tmp_path):
+def test_benchmarks_survive_each_other(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would see that and measure nothing
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_a.py").write_text(QUICK.format("a"))
     (tmp_path / "test_broken.py").write_text(QUICK.format("broken_cuda") + "    import os; os._exit(7)\n")
