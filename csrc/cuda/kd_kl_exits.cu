@@ -81,7 +81,8 @@ cudaError_t together(const Request& first, const Tensors& s, const Tensors& t, c
   }
   const int chunks = chunks_of(first.classes, F::N);
   const unsigned count = static_cast<unsigned>(s.size());
-  Limits limits{};
+  Limits limits;
+  if (auto e = limits_of(first.device, limits)) return e;
   const auto start = [&](void (*kernel)(Exits<F>), unsigned blocks, int threads, int64_t bytes) {
     if (auto e = allow_shared(kernel, bytes, limits)) return e;
     return launch(kernel, dim3(blocks, count), threads, first.stream, exits, bytes);
@@ -91,7 +92,6 @@ cudaError_t together(const Request& first, const Tensors& s, const Tensors& t, c
     return start(exits_value_and_grad<F, LaneGroup>, blocks, kNarrowThreads,
                  slots_bytes(chunks, exits.call.lanes, kNarrowThreads));
   }
-  if (auto e = limits_of(first.device, limits)) return e;
   const int threads = wide_threads<F, true>(chunks);
   const int64_t bytes = slots_bytes(chunks, threads, threads);
   if (bytes > limits.shared) return cudaErrorNotSupported;

@@ -138,8 +138,8 @@ cudaError_t launch_backward(const Request& r) {
 struct Limits {
   int shared, clusters;  // bytes of shared memory a block may ask for; whether blocks form clusters
 };
+constexpr int kOfReductions = 6 * 1024;  // bytes; what the kernels declare themselves is less
 inline cudaError_t limits_of(int device, Limits& out) {
-  constexpr int kOfReductions = 6 * 1024;  // what the kernels declare themselves is less
   if (auto e = cudaDeviceGetAttribute(&out.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
   out.shared -= kOfReductions;
   return cudaDeviceGetAttribute(&out.clusters, cudaDevAttrClusterLaunch, device);
@@ -150,11 +150,11 @@ inline int64_t slots_bytes(int chunks, int sharers, int threads) {
   return turns * threads * 2 * static_cast<int64_t>(sizeof(uint4));
 }
 
-// Leave for a kernel to have more shared memory than every one has: for all that there is, so that it does not
-// matter which thread of the host asked last.
+// Leave for a kernel to have more shared memory than every one has, its own included: for all that there is, so that it
+// does not matter which thread of the host asked last.
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, int64_t bytes, const Limits& limits) {
-  if (bytes <= 48 << 10) return cudaSuccess;
+  if (bytes + kOfReductions <= 48 << 10) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
 }
 
@@ -173,13 +173,13 @@ template <class F>
 cudaError_t launch_value_and_grad(const Request& r) {
   CallOf<F> call = make_call<typename F::T, typename F::A>(r);
   const int chunks = chunks_of(r.classes, F::N);
-  if (r.classes <= kNarrow) {
-    const unsigned blocks = share_warps(call, chunks);
-    const int64_t bytes = slots_bytes(chunks, call.lanes, kNarrowThreads);
-    return launch_fused<F, LaneGroup>(call, blocks, kNarrowThreads, bytes, {}, r.stream);  // 36 KB at most
-  }
   Limits limits;
   if (auto e = limits_of(r.device, limits)) return e;
+  if (r.classes <= kNarrow) {
+    const unsigned blocks = share_warps(call, chunks);
+    const int64_t bytes = slots_bytes(chunks, call.lanes, kNarrowThreads);  // 36 KB at most
+    return launch_fused<F, LaneGroup>(call, blocks, kNarrowThreads, bytes, limits, r.stream);
+  }
   // The fewest blocks a row that leave room for a second block on the multiprocessor, to read while one
   // waits for its sums; else the fewest that fit. Clusters of 16 not every GPU has.
   for (const int room : {limits.shared / 2, limits.shared}) {

@@ -188,6 +188,7 @@ def test_several_blocks_a_row_the_same_bit_for_bit(kernels):
 FUSED = [
     *(case for case in CASES + OTHERS if case.dtype != torch.float64),
     Case("block", 2, 5003, Options(2.0, 3.0, 0.3, 0.1), hard="ignored", temperatures="rows", masked=True),
+    Case("48 KB", 2, 6144, Options(2.0, 3.0, 0.3), hard="labels"),  # all that a block has unasked, had it nothing else
 ]
 
 
