@@ -28,10 +28,10 @@ def test_it_says_what_the_dispatcher_does(monkeypatch):
 
 
 def test_why_there_is_no_gpu_kernel(monkeypatch):
+    monkeypatch.setitem(_native.build_info, "cuda_architectures", "")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert f"CUDA C++: not built: torch {torch.__version__} is a build without CUDA" in kdfast.show_backends()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setitem(_native.build_info, "cuda_architectures", "")
     assert "no nvcc, or KDFAST_CUDA=OFF, when kdfast was installed; install the CUDA toolkit" in kdfast.show_backends()
     assert backends.OPS
 
