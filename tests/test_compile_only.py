@@ -4,9 +4,15 @@ A kernel that spills registers to memory is right and slow, and nothing else in 
 """
 
 import pytest
+from torch.torch_version import TorchVersion
 
 from tests import compile_only
 from tests.compile_only import ARCHITECTURES, SOURCES, TRITON
+
+try:
+    import triton
+except ImportError:
+    triton = None
 
 
 def _compiled(compiler, what, architecture, folder) -> list[compile_only.Kernel]:
@@ -29,9 +35,9 @@ def test_cuda(source, architecture, tmp_path):
     assert [k for k in kernels if k.stack or k.spills] == []
 
 
-# Bytes that a thread puts away before a sweep and takes back after it, once a row and never within a loop. Triton 3.8
-# does so on sm_90 (seen in `cuobjdump -sass`), 3.7 does not.
-PUT_AWAY = {("kd_kl_hvp", 90): 16}
+# Bytes that a thread puts away before a sweep and takes back after it, once a row and never within a loop: what Triton
+# 3.8 does on sm_90 (seen in `cuobjdump -sass`), and 3.7 does not.
+PUT_AWAY = {("kd_kl_hvp", 90): 16} if TorchVersion(getattr(triton, "__version__", "0")) >= "3.8" else {}
 
 
 @pytest.mark.parametrize("architecture", EACH)
