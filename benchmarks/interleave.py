@@ -9,8 +9,10 @@ import gc
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 _measured: dict[tuple, dict[str, list[float]]] = {}
 
 

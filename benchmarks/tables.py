@@ -1,6 +1,8 @@
 """Tables in Markdown of files that `--benchmark-json` wrote, as docs/measured.md has them.
 
-python -m benchmarks.tables benchmarks/results/cpu-kd_kl.json ...
+    python -m benchmarks.tables benchmarks/results/cpu-kd_kl.json ...
+
+One an op and device, below a line that says where its numbers are from.
 """
 
 import json
@@ -77,7 +79,7 @@ def steps(cases: dict) -> str:
 
 
 def speeds(cases: dict) -> str:
-    """Images a second, and over torchvision's loader and an ordinary one's (`plain`)."""
+    """Images a second, and over those of an ordinary loader (`plain`)."""
     names = list(dict.fromkeys(name for group in cases.values() for name in group))
     lines = []
     for (case, _), group in cases.items():
@@ -88,7 +90,7 @@ def speeds(cases: dict) -> str:
 
 
 def tables(file: Path) -> list[str]:
-    """One an op and device."""
+    """In the order of `groups`."""
     kinds = {"meta_step": steps, "data": speeds}
     return [kinds.get(op, kernels)(cases) for (op, _), cases in groups(file).items()]
 

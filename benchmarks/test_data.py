@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from benchmarks.interleave import enter, measure
+from benchmarks.interleave import DEVICES, enter, measure
 from kdfast._torchvision import import_module
 from kdfast.data import ImageSet, Stream, loaders
 from kdfast.data.dali import available
@@ -29,7 +29,6 @@ CORES = len(os.sched_getaffinity(0))
 needs_dali = pytest.mark.skipif(not available(), reason="NVIDIA DALI is not installed")
 IMPLEMENTATIONS = ["torchvision", "plain", "resident", pytest.param("dali", marks=needs_dali)]
 CASES = ["cifar100", "jpeg224"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"))]
 
 
 def cifar() -> tuple[ImageSet, str]:

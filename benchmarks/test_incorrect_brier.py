@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.interleave import enter, measure
+from benchmarks.interleave import DEVICES, enter, measure
 from benchmarks.roofline import copy_bandwidth, exponential_seconds
 from kdfast import incorrect_brier
 
@@ -25,7 +25,6 @@ SHAPES = [
     (512, 32000, torch.bfloat16),
 ]
 IMPLEMENTATIONS = ["kdfast", "eager", "compile"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"))]
 
 
 def eager(logits, labels):

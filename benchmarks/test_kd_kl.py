@@ -32,7 +32,6 @@ SHAPES = [
 ]
 ON_A_GPU = [(4096, 32000, torch.float32), (8192, 32000, torch.bfloat16), (4096, 128256, torch.bfloat16)]
 IMPLEMENTATIONS, FUSED = ["kdfast", "eager", "compile"], "kdfast-fused"  # the latter on a GPU
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"))]
 
 
 def eager(student, teacher, labels=None, tau=4.0):

@@ -11,9 +11,8 @@ import statistics
 import pytest
 import torch
 
-from benchmarks.interleave import enter, measure
+from benchmarks.interleave import DEVICES, enter, measure
 from benchmarks.roofline import copy_bandwidth, exponential_seconds
-from benchmarks.test_kd_kl import DEVICES
 from benchmarks.test_kd_kl import eager as eager_exit
 from kdfast import exits_kd_loss, kd_loss
 

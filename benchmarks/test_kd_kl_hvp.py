@@ -11,9 +11,9 @@ import statistics
 import pytest
 import torch
 
-from benchmarks.interleave import enter, measure
+from benchmarks.interleave import DEVICES, enter, measure
 from benchmarks.roofline import copy_bandwidth, exponential_seconds
-from benchmarks.test_kd_kl import DEVICES, eager
+from benchmarks.test_kd_kl import eager
 from kdfast import kd_loss
 
 SHAPES = [

@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.interleave import enter, measure
+from benchmarks.interleave import DEVICES, enter, measure
 from benchmarks.roofline import copy_bandwidth, exponential_seconds
-from benchmarks.test_kd_kl import DEVICES
 from kdfast import topk_kd_loss, topk_teacher
 
 # (rows, classes, k, dtype)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.interleave import enter, measure
+from benchmarks.interleave import DEVICES, enter, measure
 from benchmarks.roofline import _median_seconds, copy_bandwidth
 from kdfast import pathway_loss
 
@@ -36,7 +36,6 @@ CASES = {
     "resnet bilinear": (16, RESNET[:3], 1, "mse", 2, torch.contiguous_format, torch.float32),
 }
 IMPLEMENTATIONS = ["kdfast", "eager", "compile"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"))]
 
 
 def hcl(a, b):

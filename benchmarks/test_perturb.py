@@ -11,12 +11,11 @@ import statistics
 import pytest
 import torch
 
-from benchmarks.interleave import enter, measure
+from benchmarks.interleave import DEVICES, enter, measure
 from benchmarks.roofline import copy_bandwidth, exponential_seconds
 from kdfast.ops.perturb import perturb
 from kdfast.ops.virtual_step import virtual_step
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"))]
 IMPLEMENTATIONS = ["kdfast", "eager", "compile"]
 FACTOR, RADIUS = -0.05, 1e-3
 RULE = (0.05, 5e-4, 0.9, 0.0, True)  # lr, weight_decay, momentum, dampening, nesterov

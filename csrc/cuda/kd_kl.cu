@@ -5,6 +5,7 @@
 #include "../math/kd_kl.h"
 #include "../stable.h"
 #include "kd_kl_launch.h"
+#include "launch.h"
 #include "rows.cuh"
 
 namespace kdfast::cuda {
@@ -66,18 +67,13 @@ auto with_launch(const Request& r, const Use& use) {
   return use(Launch<kKl, false>{});
 }
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) cudaGetLastError();  // said here, and not once more after the next launch
-  STD_TORCH_CHECK(error == cudaSuccess, "kd_kl: CUDA error: ", cudaGetErrorString(error));
-}
-
 void run_forward(const Inputs& in, Request& request) {
   with_launch(request, [&](auto launch) {
     const int64_t parts = launch.forward_parts(request);
     const ScalarType type = accumulate_type(in.student.scalar_type());
     const Tensor workspace = empty(in.student, {parts > 1 ? request.rows * parts * kPart : 0}, type);
     request.parts = workspace.data_ptr();
-    check(launch.forward(request));
+    check(launch.forward(request), "kd_kl");
   });
 }
 
@@ -118,7 +114,7 @@ std::tuple<Tensor, Tensor> kd_kl_backward(
   request.stats = stats.data_ptr();
   request.student_grad = student_grad ? ds.data_ptr() : nullptr;
   request.teacher_grad = teacher_grad ? dt.data_ptr() : nullptr;
-  if (request.rows > 0) with_launch(request, [&](auto launch) { check(launch.backward(request)); });
+  if (request.rows > 0) with_launch(request, [&](auto launch) { check(launch.backward(request), "kd_kl"); });
   return {ds, dt};
 }
 
@@ -137,7 +133,7 @@ template <class A>
 void launch_sum(const Request& r, void* out) {
   scaled_sum<<<1, 1024, 0, r.stream>>>(static_cast<const A*>(r.loss), r.rows, static_cast<A>(r.coefficient),
                                        static_cast<A*>(out));
-  check(cudaGetLastError());
+  check(cudaGetLastError(), "kd_kl");
 }
 
 // In one sweep of memory where a row fits on chip, else as forward and backward.
@@ -162,9 +158,9 @@ std::tuple<Tensor, Tensor, Tensor> kd_kl_value_and_grad(
   if (request.rows > 0) {
     with_launch(request, [&](auto launch) {
       const cudaError_t error = launch.value_and_grad(request);
-      if (error != cudaErrorNotSupported) return check(error);
+      if (error != cudaErrorNotSupported) return check(error, "kd_kl");
       run_forward(in, request);
-      check(launch.backward(request));
+      check(launch.backward(request), "kd_kl");
     });
   }
   if (type == ScalarType::Double) launch_sum<double>(request, loss.data_ptr());
@@ -200,7 +196,7 @@ void kd_kl_scale_(Tensor gradient, Tensor factor) {
   const unsigned blocks = static_cast<unsigned>(std::min(kEnough, count / 2048 + 1));
   const auto scale = [&](auto* x, auto* by) {
     scale_unless_one<<<blocks, 256, 0, stream>>>(x, count, by);
-    check(cudaGetLastError());
+    check(cudaGetLastError(), "kd_kl");
   };
   void* x = gradient.data_ptr();
   const float* by = static_cast<const float*>(factor.data_ptr());

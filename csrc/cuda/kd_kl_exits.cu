@@ -51,11 +51,6 @@ __global__ void __launch_bounds__(1024) sum_exits(const A* rows_of_all, int64_t 
 
 using Tensors = std::vector<Tensor>;
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) cudaGetLastError();  // said here, and not once more after the next launch
-  STD_TORCH_CHECK(error == cudaSuccess, "kd_kl_exits: CUDA error: ", cudaGetErrorString(error));
-}
-
 // What is one exit's of a call that is set up but for it.
 Request of_exit(Request r, const Tensors& s, const Tensors& t, const Tensors& ds, const Tensors& dt, size_t k) {
   const int64_t size = r.storage == kDouble ? 8 : 4;
@@ -149,12 +144,12 @@ std::tuple<Tensor, Tensors, Tensors> kd_kl_exits(
       if constexpr (!std::is_same_v<typename F::A, double>) {
         if (exits <= kExits) error = together<F>(r, students, teachers, ds, dt);
       }
-      check(error == cudaErrorNotSupported ? one_by_one(r, students, teachers, ds, dt, losses) : error);
+      check(error == cudaErrorNotSupported ? one_by_one(r, students, teachers, ds, dt, losses) : error, "kd_kl_exits");
     }
     using A = typename F::A;
     sum_exits<<<static_cast<unsigned>(exits), 1024, 0, r.stream>>>(
         static_cast<const A*>(of_rows.data_ptr()), rows, static_cast<A>(coefficient), static_cast<A*>(losses.data_ptr()));
-    check(cudaGetLastError());
+    check(cudaGetLastError(), "kd_kl_exits");
   });
   return {losses, ds, dt};
 }

@@ -23,6 +23,11 @@ T* result_or_null(const Tensor& x) {
 
 inline bool on_chunk(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }  // null is
 
+inline void check(cudaError_t error, const char* op) {
+  if (error != cudaSuccess) cudaGetLastError();  // said here, and not once more after the next launch
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
+}
+
 inline unsigned grid_of(int64_t n) {
   STD_TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "kdfast: too many rows for one launch");
   return static_cast<unsigned>(n);
